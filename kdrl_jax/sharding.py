@@ -1,0 +1,177 @@
+"""The device mesh, and one strict table from parameter paths to partition specs.
+
+Axes: `data` and `fsdp` both split the batch; `fsdp` also splits every large weight; `tensor`
+splits heads, the MLP width and the vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdrl_jax.types import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+# (regex that must match the whole '/'-joined path, spec without the leading layer axis).
+# Weights under `layers/` are stacked: their first axis is the layer and is never split.
+PARAM_RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding", P("tensor", "fsdp")),  # [V, D]
+    (r"lm_head/kernel", P("tensor", "fsdp")),  # [V, D]
+    (r"final_norm/scale", P(None)),
+    (r"layers/(input_norm|post_norm)/scale", P(None)),
+    (r"layers/attn/q_proj/kernel", P("fsdp", "tensor", None)),  # [D, N, H]
+    (r"layers/attn/(k_proj|v_proj)/kernel", P("fsdp", "tensor", None)),  # [D, K, H]
+    (r"layers/attn/(q_proj|k_proj|v_proj)/bias", P("tensor", None)),  # [N or K, H]
+    (r"layers/attn/o_proj/kernel", P("tensor", None, "fsdp")),  # [N, H, D]
+    (r"layers/attn/(q_norm|k_norm)/scale", P(None)),  # [H]
+    (r"layers/mlp/(gate_proj|up_proj)/kernel", P("fsdp", "tensor")),  # [D, F]
+    (r"layers/mlp/down_proj/kernel", P("tensor", "fsdp")),  # [F, D]
+)
+
+# Activations by logical axis name.
+ACTIVATION_RULES: dict[str | None, Any] = {
+    "batch": BATCH_AXES,
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "length": None,
+    "embed": None,
+    None: None,
+}
+
+
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over `devices` (default: all); one size may be -1 and is then inferred.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = [data, fsdp, tensor]
+    names = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
+    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+        raise UserError(f"{names}: sizes must be positive, with at most one -1 to be inferred")
+    known = math.prod(s for s in sizes if s != -1)
+    if -1 in sizes:
+        if len(devices) % known:
+            raise UserError(f"{names}: {known} does not divide the {len(devices)} devices present")
+        sizes[sizes.index(-1)] = len(devices) // known
+    elif known != len(devices):
+        raise UserError(
+            f"{names}: needs {known} devices, {len(devices)} are present; use -1 for one axis"
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """'layers/attn/q_proj/kernel' for a key path of `jax.tree_util`."""
+    return "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path)
+
+
+def param_spec(name: str) -> P:
+    """The partition spec of one parameter.
+
+    Raises:
+      ValueError: not exactly one row of PARAM_RULES matches `name`.
+    """
+    found = [spec for pattern, spec in PARAM_RULES if re.fullmatch(pattern, name)]
+    if len(found) != 1:
+        raise ValueError(f"parameter {name!r} matches {len(found)} rows of PARAM_RULES, must be 1")
+    return P(None, *found[0]) if name.startswith("layers/") else found[0]
+
+
+def param_shardings(mesh: Mesh, params: Any) -> Any:
+    """A tree of NamedSharding in the shape of `params` (arrays or shapes).
+
+    Raises:
+      UserError: a mesh axis does not divide the array axis that it splits.
+    """
+    problems: list[str] = []
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        name = path_name(path)
+        spec = param_spec(name)
+        problems.extend(_indivisible(mesh, name, leaf.shape, spec))
+        return NamedSharding(mesh, spec)
+
+    tree = jax.tree_util.tree_map_with_path(one, params)
+    if problems:
+        raise UserError(*problems)
+    return tree
+
+
+def state_shardings(mesh: Mesh, state: Any) -> Any:
+    """Shardings of a TrainState: whatever mirrors a parameter is split as that parameter.
+
+    Optimizer moments carry the parameter's path as the end of their own; everything else
+    (counters, scalars) is replicated.
+    """
+
+    def one(path: Any, leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            name = "/".join(parts[start:])
+            if any(re.fullmatch(pattern, name) for pattern, _ in PARAM_RULES):
+                return NamedSharding(mesh, param_spec(name) if leaf.ndim else P())
+        return NamedSharding(mesh, P())
+
+    return jax.tree_util.tree_map_with_path(one, state)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Shard an activation by the logical names of its axes; nothing outside `jax.set_mesh`.
+
+    An axis whose size the mesh does not divide is left whole: a batch of one on four devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    parts = [ACTIVATION_RULES[a] for a in axes]
+    spec = P(*(p if _divides(mesh, p, n) else None for p, n in zip(parts, x.shape, strict=True)))
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(mesh: Mesh, tree: Any) -> Any:
+    """Host arrays to devices, split along their first axis where the mesh divides it."""
+
+    def one(x: Any) -> jax.Array:
+        x = np.asarray(x)
+        whole = x.ndim == 0 or not _divides(mesh, BATCH_AXES, x.shape[0])
+        return jax.device_put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
+
+    return jax.tree.map(one, tree)
+
+
+def _axis_size(mesh: Any, part: Any) -> int:
+    names = (part,) if isinstance(part, str) else (part or ())
+    return math.prod(mesh.shape[n] for n in names)
+
+
+def _divides(mesh: Any, part: Any, size: int) -> bool:
+    return size % _axis_size(mesh, part) == 0
+
+
+def _indivisible(mesh: Mesh, name: str, shape: Sequence[int], spec: P) -> list[str]:
+    return [
+        f"mesh.{part}={_axis_size(mesh, part)} does not divide axis {i} of {name} {tuple(shape)}; "
+        f"use a size that divides {size}"
+        for i, (part, size) in enumerate(zip(spec, shape, strict=False))
+        if part is not None and not _divides(mesh, part, size)
+    ]

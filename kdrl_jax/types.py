@@ -1,0 +1,150 @@
+"""The records that flow through the program, and the legend of axis letters.
+
+Axis letters, the same in array annotations and einsum strings:
+
+    P  problems of a step          V  vocabulary rows
+    G  group: samples per problem  D  model width
+    B  rollouts, B = P * G         N  query heads
+    R  rows of a training batch    K  key/value heads
+    S  padded prompt length        H  head dimension
+    T  padded completion length    F  MLP width
+    L  row length, S + T           Y  decoder layers
+
+Each arrow of a training step is one of these records:
+
+    Problem -> Prompts -> Rollouts -> Verdict -> TrainBatch -> TrainState
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+Params = dict[str, Any]
+"""A nested dict of arrays. Everything outside `kdrl_jax.models` sees weights only as this."""
+
+Outcome = Literal["correct", "wrong", "unparsable", "timeout", "format"]
+OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "unparsable", "timeout", "format")
+
+FINISH_EOS, FINISH_LENGTH = 0, 1
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Entry points print it without a traceback and exit with 2.
+
+    Each problem is one line that names the config key or file, the value found and the remedy.
+    """
+
+    def __init__(self, *problems: str):
+        super().__init__("\n".join(problems))
+        self.problems = list(problems)
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A question with its gold answer, as read from a data set or made by a task."""
+
+    id: str
+    problem: str
+    answer: str
+    meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the grader says of one response: reward in {0, 1} and why."""
+
+    reward: float
+    outcome: Outcome
+
+
+class Prompts(NamedTuple):
+    """Tokenised prompts of one step, left-padded to a bucket (host arrays)."""
+
+    tokens: Int[Any, "P S"]
+    lengths: Int[Any, "P"]
+
+
+class KVCache(NamedTuple):
+    """Keys and values of all layers; the leading axis is scanned over.
+
+    The prompt cache is `[Y, P, K, S, H]`, shared by the G rollouts of each prompt; the completion
+    cache is `[Y, P, G, K, T, H]`.
+    """
+
+    k: Array
+    v: Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """G sampled completions of each of P prompts.
+
+    `log_probs` are the sampling policy's own: of the full distribution at the sampling
+    temperature, before top-p, top-k and min-p. The end token is part of the completion.
+    """
+
+    prompt_tokens: Int[Array, "P S"]
+    prompt_lengths: Int[Array, "P"]
+    tokens: Int[Array, "P G T"]
+    log_probs: Float[Array, "P G T"]
+    lengths: Int[Array, "P G"]
+    finish_reason: Int[Array, "P G"]
+    """FINISH_EOS or FINISH_LENGTH."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainBatch:
+    """Rows to train on. Per-token arrays describe the last T tokens of each row.
+
+    A row is a left-padded prompt of S tokens and a right-padded completion of T. Nothing below
+    depends on that: `segment_ids` (0 = padding) and `weights` (0 = not trained on) say it all.
+    """
+
+    tokens: Int[Array, "R L"]
+    positions: Int[Array, "R L"]
+    segment_ids: Int[Array, "R L"]
+    sampler_log_probs: Float[Array, "R T"]
+    old_log_probs: Float[Array, "R T"] | None
+    """None means on-policy: the student that sampled is the one being updated."""
+    teacher_log_probs: Float[Array, "R T"] | None
+    """None: no teacher. NaN where the teacher has no opinion; kd_weights are 0 there."""
+    advantages: Float[Array, "R T"]
+    weights: Float[Array, "R T"]
+    kd_weights: Float[Array, "R T"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """What an update changes: fp32 master weights, optimizer state and the number of updates."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingParams:
+    """How to sample, as arrays, so that no change of value recompiles anything."""
+
+    temperature: Float[Array, ""]
+    """0 takes the most likely token; log-probs are then those at temperature 1."""
+    top_p: Float[Array, ""]
+    """1 keeps everything."""
+    top_k: Int[Array, ""]
+    """0 keeps everything."""
+    min_p: Float[Array, ""]
+    """0 keeps everything; otherwise tokens less likely than min_p times the likeliest go."""
+    max_new_tokens: Int[Array, "P G"]
+    stop_ids: Int[Array, "stops"]
+    """Token ids that end a completion; pad with -1."""
+
+
+Mask = Bool[Array, "..."]
