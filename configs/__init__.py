@@ -1,0 +1,1 @@
+"""Run configurations: `base.py` documents every key, the others change a few of them."""

@@ -1,0 +1,130 @@
+"""Every configuration key, with its default, unit and meaning.
+
+The defaults are the main experiment of KDRL (arXiv 2506.02208, section 4) as far as the paper
+states it. Other files call `get_config()` here and change a few keys; anything may be changed on
+the command line: `--config.optimizer.learning_rate=3e-6`. No other file holds a default.
+"""
+
+from ml_collections import ConfigDict
+
+
+def model(**overrides) -> ConfigDict:
+    """The keys of one model role, student or teacher."""
+    c = ConfigDict()
+    # A Hugging Face folder or the folder of a finished run; "" builds `shape` with random weights.
+    c.path = ""
+    # Used only where path is "": a model of this shape, with the embedded SentencePiece tokenizer.
+    c.shape = ConfigDict()
+    c.shape.model_type = "qwen3"  # qwen2 | qwen3 | llama
+    c.shape.hidden_size = 128
+    c.shape.num_layers = 4
+    c.shape.num_heads = 4
+    c.shape.num_kv_heads = 2
+    c.shape.head_dim = 32
+    c.shape.mlp_size = 384
+    # Supervised warm-up on the task's worked solutions (rows: each has a solution); 0 steps: none.
+    # The result is kept under cache_dir and reused by every run with the same keys.
+    c.sft = ConfigDict()
+    c.sft.steps = 0
+    c.sft.batch_size = 128  # sequences per step
+    c.sft.learning_rate = 1e-3  # peak; cosine to a tenth, 5 % warm-up
+    c.sft.task = ""  # whose worked solutions; "": data.task
+    c.sft.problems = 20_000  # drawn from the task
+    c.sft.seed = 0
+    c.dtype = "bfloat16"  # of activations and matmuls; softmax, norms and logits are float32
+    c.remat = "full"  # what the backward pass recomputes: none | dots | full
+    c.update(overrides)
+    return c
+
+
+def mesh() -> ConfigDict:
+    """Sizes of the mesh axes; at most one is -1 and takes what is left of the devices."""
+    return ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.steps = 280  # updates of the student, one per rollout batch
+    c.cache_dir = "runs/cache"  # warmed-up models and compiled programs; shared by runs
+
+    # --- the objective: J = J_GRPO − β·KL(student‖teacher) -------------------------------------
+    c.objective = "kdrl"  # kdrl | grpo (no teacher loaded) | kd_rkl (advantages are all 0)
+    c.kd_estimator = "k2"  # k2 (½ℓ², the paper's) | k3 | k1 (score-function form)
+    c.kd_mask = "none"  # response (KD where reward is 0) | group (… whole group 0) | none
+    c.beta = ConfigDict()
+    c.beta.schedule = "linear"  # linear: max(init − delta·step, min) | constant: init
+    c.beta.init = 5e-3
+    c.beta.min = 1e-3
+    c.beta.delta = 5e-5  # per update
+    c.aggregation = "group-token-mean"  # also: token-mean, seq-mean-token-mean, …-token-sum-norm
+    c.advantage = ConfigDict()
+    c.advantage.scale = "group"  # divide by the std of: group | batch | none (Dr. GRPO)
+    c.advantage.baseline = "mean"  # mean | leave_one_out (RLOO)
+    c.clip_eps_low = 0.2  # ratio clip; without effect while one update is made per rollout batch
+    c.clip_eps_high = 0.2
+    c.entropy_coef = 1e-3
+    c.logprob_temperature = "rollout"  # divides logits in every log-prob: "rollout" or a number
+
+    # --- models --------------------------------------------------------------------------------
+    c.student = model()
+    c.teacher = model(remat="none")
+    c.tokenizer = ""  # folder; "": the student's
+    c.mesh = mesh()
+    c.teacher_mesh = mesh()  # the teacher's own layout over the same devices
+
+    # --- data: a built-in task or a JSONL file -------------------------------------------------
+    c.data = ConfigDict()
+    c.data.task = ""  # arithmetic | "" (then path)
+    c.data.path = ""  # JSONL, one problem a line
+    c.data.eval_path = ""  # JSONL of held-out problems; "" with a task: its test split
+    c.data.fields = ConfigDict({"id": "id", "problem": "problem", "answer": "answer"})
+    c.data.prompt_style = "kdrl"  # kdrl | zero_rl | chat | plain
+    c.data.max_prompt_tokens = 1024  # longer prompts are dropped, counted and reported
+    c.data.prompt_buckets = (256, 512, 1024)  # padded lengths; one compiled program for each
+    c.data.size = 100_000  # problems drawn from a task
+    c.data.seed = 1  # of the task's problems; held-out problems come from a disjoint split
+
+    # --- rollouts ------------------------------------------------------------------------------
+    c.rollout = ConfigDict()
+    c.rollout.prompts_per_step = 64
+    c.rollout.group_size = 16  # samples per prompt
+    c.rollout.max_new_tokens = 20_480
+    c.rollout.temperature = 0.6
+    c.rollout.top_p = 1.0  # 1: off
+    c.rollout.top_k = 0  # 0: off
+    c.rollout.min_p = 0.0  # 0: off
+
+    # --- reward --------------------------------------------------------------------------------
+    c.reward = ConfigDict()
+    c.reward.require_format = True  # <think>…</think> then \boxed{}; False: accuracy alone
+    c.reward.workers = 4  # verification processes
+    c.reward.timeout_s = 3.0  # a hard limit per answer, then the worker is killed
+
+    # --- update --------------------------------------------------------------------------------
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-6
+    c.optimizer.warmup_steps = 0
+    c.optimizer.schedule = "constant"  # constant | cosine (to zero at the last step)
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.999
+    c.optimizer.eps = 1e-8
+    c.optimizer.weight_decay = 0.01
+    c.optimizer.clip_norm = 1.0  # of the global gradient
+    c.micro_batch = 64  # rows per forward/backward, over all devices; changes memory, not results
+    c.logprob_chunk = 512  # tokens per row whose logits exist at once
+
+    # --- evaluation, checkpoints, logs ---------------------------------------------------------
+    c.eval = ConfigDict()
+    c.eval.every = 20  # steps; 0: never. Also before the first step and after the last
+    c.eval.problems = 256  # at most
+    c.eval.samples = 1  # per problem; eval/accuracy is their mean
+    c.eval.batch = 64  # problems decoded at once
+    c.eval.temperature = 0.6  # 0: greedy
+    c.checkpoint = ConfigDict()
+    c.checkpoint.every = 20  # steps; the last step is always saved
+    c.checkpoint.keep = 3
+    c.samples = ConfigDict()
+    c.samples.every = 10  # steps between files of sample rollouts; 0: none
+    c.samples.count = 16  # rollouts per file
+    return c

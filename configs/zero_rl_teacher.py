@@ -1,0 +1,17 @@
+"""The zero-RL teacher of the paper (2506.02208, section 4.3): GRPO from Qwen2.5-7B.
+
+    python -m kdrl_jax.train --config=configs/zero_rl_teacher.py \
+        --config.student.path=Qwen2.5-7B \
+        --config.data.path=skywork_or1.jsonl --config.data.eval_path=math500.jsonl
+
+Not run yet at this scale; no time or result is claimed.
+"""
+
+from configs.zero_rl import get_config as zero_rl
+
+
+def get_config():
+    c = zero_rl()
+    c.objective = "grpo"
+    c.steps = 300
+    return c

@@ -1,0 +1,66 @@
+"""What every command shares: arguments, one-line errors, exit codes, stopping on a signal."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kdrl_jax.config import load_config
+from kdrl_jax.types import UserError
+
+EXIT_USER_ERROR = 2
+_OVERRIDE = "--config."
+
+
+def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDict, Path]:
+    """`--config=FILE [--workdir=DIR] [--config.key=value …]` as a config and a folder.
+
+    Without --workdir the folder is runs/NAME, NAME being the config's file name.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    overrides, rest = split_overrides(argv)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--workdir", type=Path, metavar="DIR")
+    args = parser.parse_args(rest)
+    config = load_config(args.config, overrides)
+    return config, args.workdir or Path("runs") / args.config.stem
+
+
+def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
+    """`--config.a.b=c` and `--config.a.b c` as 'a.b=c', and the arguments that remain."""
+    overrides, rest = [], []
+    items = iter(argv)
+    for item in items:
+        if not item.startswith(_OVERRIDE):
+            rest.append(item)
+        elif "=" in item:
+            overrides.append(item.removeprefix(_OVERRIDE))
+        else:
+            overrides.append(f"{item.removeprefix(_OVERRIDE)}={next(items, '')}")
+    return overrides, rest
+
+
+def run_entry(main: Callable[[], Any]) -> None:
+    """Call `main`; a UserError is printed line by line, without a traceback, and exits with 2."""
+    try:
+        main()
+    except UserError as error:
+        for line in error.problems:
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+
+
+def enable_compilation_cache(folder: Path) -> None:
+    """Keep compiled programs under `folder`, so that a resumed run starts at once."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").resolve()))
