@@ -1,0 +1,389 @@
+"""Expected gradients of the objectives by exact enumeration, on a vocabulary of five tokens.
+
+A policy is a table of logits: row 0 for the first token, row 1 + a for the second token after a.
+Every sequence is enumerated and weighted by the probability with which it would be sampled, so
+one call of the loss gives the exact expectation. The oracles are closed forms in float64 NumPy,
+themselves checked against finite differences; no autodiff on that side.
+
+Mutations of kdrl_jax/objectives, each applied alone by hand; the tests that then failed (one of
+them named, of this file unless another is given):
+
+MUTATIONS
+"""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdrl_jax.objectives import kdrl_loss
+
+VOCAB = 5
+LENGTHS = [1, 2]
+
+
+def table(seed: int, length: int, scale: float = 1.0) -> np.ndarray:
+    rows = 1 if length == 1 else 1 + VOCAB
+    return np.random.default_rng(seed).normal(size=(rows, VOCAB)) * scale
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    logits = np.asarray(logits, np.float64)
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+def sequences(length: int) -> tuple[np.ndarray, np.ndarray]:
+    """All sequences `[N, length]` and the table row that each token is drawn from."""
+    if length == 1:
+        tokens = np.arange(VOCAB)[:, None]
+        return tokens, np.zeros_like(tokens)
+    a, b = (x.ravel() for x in np.meshgrid(np.arange(VOCAB), np.arange(VOCAB), indexing="ij"))
+    return np.stack([a, b], 1), np.stack([np.zeros_like(a), 1 + a], 1)
+
+
+def prefix_probs(logits: np.ndarray) -> np.ndarray:
+    """Probability of reaching each row of the table."""
+    p = np.exp(log_softmax(logits))
+    return np.ones(1) if len(p) == 1 else np.concatenate([[1.0], p[0]])
+
+
+def reverse_kl_gradient(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Σ_s reach(s)·∇KL(π_θ(·|s)‖π_T(·|s)): of a softmax, π_k·(ℓ_k − KL)."""
+    log_p, log_t = log_softmax(student), log_softmax(teacher)
+    p, ell = np.exp(log_p), log_p - log_t
+    return reach[:, None] * p * (ell - (p * ell).sum(-1, keepdims=True))
+
+
+def forward_kl_gradient(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> np.ndarray:
+    """Σ_s reach(s)·∇KL(π_T(·|s)‖π_θ(·|s)): of a softmax, π_k − π_T,k."""
+    return reach[:, None] * (np.exp(log_softmax(student)) - np.exp(log_softmax(teacher)))
+
+
+def reverse_kl(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> float:
+    log_p, log_t = log_softmax(student), log_softmax(teacher)
+    return float((reach * (np.exp(log_p) * (log_p - log_t)).sum(-1)).sum())
+
+
+def forward_kl(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> float:
+    return reverse_kl(teacher, student, reach)
+
+
+def score(student: np.ndarray, length: int, per_token: np.ndarray) -> np.ndarray:
+    """Σ_sequences Σ_t per_token·∇log π_θ(token), ∇log π of a softmax being onehot − π."""
+    tokens, rows = sequences(length)
+    p, out = np.exp(log_softmax(student)), np.zeros_like(student)
+    for c, token, row in zip(per_token.ravel(), tokens.ravel(), rows.ravel(), strict=True):
+        out[row] += c * (np.eye(VOCAB)[token] - p[row])
+    return out
+
+
+def finite_difference(f, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
+    out = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i], down[i] = up[i] + step, down[i] - step
+        out[i] = (f(up) - f(down)) / (2 * step)
+    return out
+
+
+def token_values(logits: np.ndarray, length: int) -> np.ndarray:
+    """log π of every token of every sequence `[N, length]`."""
+    tokens, rows = sequences(length)
+    return log_softmax(logits)[rows, tokens]
+
+
+def sequence_probs(logits: np.ndarray, length: int) -> np.ndarray:
+    """Probability of each sequence, repeated for its tokens `[N, length]`."""
+    total = np.exp(token_values(logits, length).sum(1, keepdims=True))
+    return np.broadcast_to(total, (len(total), length))
+
+
+def loss_gradient(
+    student, length, *, teacher, weights, old=None, advantages=None, kd_weights=None, **options
+) -> np.ndarray:
+    """∇ of `kdrl_loss` over all sequences in the student's table, by autodiff."""
+    tokens, rows = sequences(length)
+    zeros = np.zeros(tokens.shape)
+    batch = types.SimpleNamespace(
+        old_log_probs=None if old is None else jnp.asarray(token_values(old, length)),
+        teacher_log_probs=jnp.asarray(token_values(teacher, length)),
+        advantages=jnp.asarray(zeros if advantages is None else advantages),
+        weights=jnp.asarray(weights),
+        kd_weights=jnp.asarray(weights if kd_weights is None else kd_weights),
+    )
+
+    def loss(logits):
+        return kdrl_loss(jax.nn.log_softmax(logits)[rows, tokens], batch, **options)[0]
+
+    return np.asarray(jax.grad(loss)(jnp.asarray(student, jnp.float32)))
+
+
+def close(found, expected):
+    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_oracles_agree_with_finite_differences(length):
+    student, teacher = table(0, length), table(1, length)
+    reach = prefix_probs(table(2, length))
+    for kl, gradient in ((reverse_kl, reverse_kl_gradient), (forward_kl, forward_kl_gradient)):
+        expected = finite_difference(lambda x, kl=kl: kl(x, teacher, reach), student)
+        np.testing.assert_allclose(gradient(student, teacher, reach), expected, atol=1e-8)
+
+
+# --- distillation alone ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("explicit_old", [False, True])
+@pytest.mark.parametrize(
+    ("estimator", "oracle"),
+    [
+        ("k1", reverse_kl_gradient),
+        ("k2", reverse_kl_gradient),
+        ("k3", forward_kl_gradient),
+    ],
+)
+def test_on_policy(estimator, oracle, explicit_old, length):
+    student, teacher = table(0, length), table(1, length)
+    found = loss_gradient(
+        student,
+        length,
+        teacher=teacher,
+        old=student if explicit_old else None,
+        weights=sequence_probs(student, length),
+        beta=1.0,
+        kd_estimator=estimator,
+    )
+    close(found, oracle(student, teacher, prefix_probs(student)))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize(
+    ("estimator", "oracle"),
+    [
+        ("k1", reverse_kl_gradient),
+        ("k2", reverse_kl_gradient),
+        ("k3", forward_kl_gradient),
+    ],
+)
+def test_off_policy(estimator, oracle, length):
+    """Samples of an older policy, weighted by ρ: unbiased for the prefixes that were sampled."""
+    student, teacher, old = table(0, length), table(1, length), table(2, length)
+    found = loss_gradient(
+        student,
+        length,
+        teacher=teacher,
+        old=old,
+        weights=sequence_probs(old, length),
+        beta=1.0,
+        kd_estimator=estimator,
+    )
+    close(found, oracle(student, teacher, prefix_probs(old)))
+
+
+def test_off_policy_wrong_forms_are_wrong():
+    """½ℓ² without ρ, and with the gradient through ρ, are both biased for the reverse KL."""
+    student, teacher, old = table(0, 1), table(1, 1), table(2, 1)
+    sampled = jnp.asarray(np.exp(log_softmax(old))[0], jnp.float32)
+    log_old = jnp.asarray(log_softmax(old)[0], jnp.float32)
+    log_teacher = jnp.asarray(log_softmax(teacher)[0], jnp.float32)
+
+    def bare(logits):
+        return jnp.sum(sampled * 0.5 * (jax.nn.log_softmax(logits) - log_teacher) ** 2)
+
+    def through_ratio(logits):
+        log_p = jax.nn.log_softmax(logits)
+        return jnp.sum(sampled * jnp.exp(log_p - log_old) * 0.5 * (log_p - log_teacher) ** 2)
+
+    truth = reverse_kl_gradient(student, teacher, np.ones(1))[0]
+    for wrong in (bare, through_ratio):
+        gradient = np.asarray(jax.grad(wrong)(jnp.asarray(student[0], jnp.float32)))
+        assert np.abs(gradient - truth).max() > 0.2 * np.abs(truth).max()
+
+
+def test_k1_as_a_loss_has_no_gradient_and_is_refused():
+    student, teacher = table(0, 1), table(1, 1)
+    p = jnp.asarray(np.exp(log_softmax(student))[0], jnp.float32)
+    log_teacher = jnp.asarray(log_softmax(teacher)[0], jnp.float32)
+    gradient = jax.grad(lambda z: jnp.sum(p * (jax.nn.log_softmax(z) - log_teacher)))(
+        jnp.asarray(student[0], jnp.float32)
+    )
+    np.testing.assert_allclose(gradient, 0.0, atol=1e-6)
+    with pytest.raises(ValueError, match=r"k1_loss.*no effect"):
+        loss_gradient(student, 1, teacher=teacher, weights=p[:, None], beta=1.0,
+                      kd_estimator="k1_loss")  # fmt: skip
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_what_the_token_level_form_leaves_out(estimator):
+    """∇KL of whole sequences also moves the first token for the KL it leads to; ours does not."""
+    student, teacher = table(0, 2), table(1, 2)
+    full = finite_difference(lambda x: reverse_kl(x, teacher, prefix_probs(x)), student)
+    found = loss_gradient(
+        student,
+        2,
+        teacher=teacher,
+        weights=sequence_probs(student, 2),
+        beta=1.0,
+        kd_estimator=estimator,
+    )
+    log_p, log_t = log_softmax(student), log_softmax(teacher)
+    later = (np.exp(log_p) * (log_p - log_t)).sum(-1)[1:]  # KL after each first token
+    first = np.exp(log_p[0])
+    left_out = np.zeros_like(student)
+    left_out[0] = first * (later - (first * later).sum())
+    assert np.abs(left_out).max() > 0.01
+    np.testing.assert_allclose(full - found, left_out, atol=3e-6)
+
+
+# --- the joint objective --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+def test_joint_identity_eq_27(estimator, length, rng):
+    """−∇L = Σ w·(Â − β·ℓ)·∇log π_θ sample by sample: any weights, not just in expectation."""
+    student, teacher, beta = table(0, length), table(1, length), 0.3
+    tokens, _ = sequences(length)
+    weights = rng.uniform(0.1, 1.0, tokens.shape) * (rng.uniform(size=tokens.shape) > 0.3)
+    advantages = rng.normal(size=tokens.shape)
+    ell = token_values(student, length) - token_values(teacher, length)
+    found = loss_gradient(
+        student,
+        length,
+        teacher=teacher,
+        weights=weights,
+        advantages=advantages,
+        beta=beta,
+        kd_estimator=estimator,
+        clip_eps_low=0.2,
+        clip_eps_high=0.28,
+    )
+    close(-found, score(student, length, weights * (advantages - beta * ell)))
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2"])
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_joint_gradient_is_that_of_reward_minus_kl(estimator, off_policy):
+    """One token: −E∇L = ∇(E_θ[r] − β·KL(π_θ‖π_T)), the right side by finite differences."""
+    student, teacher, beta = table(0, 1), table(1, 1), 0.4
+    old = table(2, 1) if off_policy else student
+    rewards = np.array([0.0, 1.0, 0.0, 0.0, 1.0])
+
+    def objective(x):
+        return np.exp(log_softmax(x))[0] @ rewards - beta * reverse_kl(x, teacher, np.ones(1))
+
+    found = loss_gradient(
+        student,
+        1,
+        teacher=teacher,
+        old=old if off_policy else None,
+        weights=sequence_probs(old, 1),
+        advantages=rewards[:, None],
+        beta=beta,
+        kd_estimator=estimator,
+    )
+    close(-found, finite_difference(objective, student))
+
+
+def test_masks_split_the_two_terms(rng):
+    """kd_weights steer the distillation term alone, weights the policy term alone."""
+    length, beta = 2, 0.7
+    student, teacher, old = table(0, 2), table(1, 2), table(2, 2)
+    tokens, _ = sequences(length)
+    weights = rng.uniform(0.1, 1.0, tokens.shape) * (rng.uniform(size=tokens.shape) > 0.5)
+    distilled = rng.uniform(0.1, 1.0, tokens.shape) * (rng.uniform(size=tokens.shape) > 0.5)
+    assert ((weights == 0) & (distilled > 0)).any()
+    assert ((weights > 0) & (distilled == 0)).any()
+    advantages = rng.normal(size=tokens.shape)
+    log_p = token_values(student, length)
+    ratio = np.exp(log_p - token_values(old, length))
+    ell = log_p - token_values(teacher, length)
+    found = loss_gradient(
+        student,
+        length,
+        teacher=teacher,
+        old=old,
+        weights=weights,
+        kd_weights=distilled,
+        advantages=advantages,
+        beta=beta,
+    )
+    close(-found, score(student, length, ratio * (weights * advantages - beta * distilled * ell)))
+
+
+@pytest.mark.parametrize("low", [None, 0.2])
+@pytest.mark.parametrize("high", [None, 0.28])
+def test_clipping_stops_the_gradient_on_its_own_side(low, high, rng):
+    """A token is stopped if Â > 0 and ρ > 1 + ε_high, or Â < 0 and ρ < 1 − ε_low; else never."""
+    student, old = table(0, 2), table(0, 2) + table(3, 2, scale=0.3)
+    tokens, _ = sequences(2)
+    weights, advantages = rng.uniform(0.1, 1.0, tokens.shape), rng.normal(size=tokens.shape)
+    ratio = np.exp(token_values(student, 2) - token_values(old, 2))
+    stopped = np.zeros(tokens.shape, bool)
+    if high is not None:
+        stopped |= (advantages > 0) & (ratio > 1 + high)
+        assert ((advantages > 0) & (ratio > 1 + high)).any()
+    if low is not None:
+        stopped |= (advantages < 0) & (ratio < 1 - low)
+        assert ((advantages < 0) & (ratio < 1 - low)).any()
+    assert ((advantages < 0) & (ratio > 1.28)).any()
+    assert ((advantages > 0) & (ratio < 0.8)).any()
+    found = loss_gradient(
+        student,
+        2,
+        teacher=old,
+        old=old,
+        weights=weights,
+        advantages=advantages,
+        beta=0.0,
+        clip_eps_low=low,
+        clip_eps_high=high,
+    )
+    close(-found, score(student, 2, np.where(stopped, 0.0, weights * advantages * ratio)))
+
+
+# --- the teacher matters, and in the right direction ------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_another_teacher_gives_another_gradient(estimator):
+    student = table(0, 2)
+    weights = sequence_probs(student, 2)
+    one, other = (
+        loss_gradient(
+            student, 2, teacher=table(s, 2), weights=weights, beta=0.1, kd_estimator=estimator
+        )
+        for s in (1, 4)
+    )
+    assert np.abs(one - other).max() > 1e-3
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_steps_move_the_student_to_the_teacher(estimator):
+    student, teacher = table(0, 1), table(1, 1)
+    log_teacher = jnp.asarray(log_softmax(teacher)[0], jnp.float32)
+
+    def loss(logits):
+        log_p = jax.nn.log_softmax(logits)
+        p = jax.lax.stop_gradient(jnp.exp(log_p))
+        batch = types.SimpleNamespace(
+            old_log_probs=None,
+            teacher_log_probs=log_teacher,
+            advantages=jnp.zeros(VOCAB),
+            weights=p,
+            kd_weights=p,
+        )
+        return kdrl_loss(log_p, batch, beta=1.0, kd_estimator=estimator)[0]
+
+    step = jax.jit(lambda logits: logits - 0.5 * jax.grad(loss)(logits))
+    logits, kls = jnp.asarray(student[0], jnp.float32), []
+    for _ in range(60):
+        kls.append(reverse_kl(np.asarray(logits)[None], teacher, np.ones(1)))
+        logits = step(logits)
+    assert kls[1] < kls[0]
+    assert kls[-1] < 0.01 * kls[0]
