@@ -1,0 +1,16 @@
+"""Decoders: their shape, their computation, and their Hugging Face form."""
+
+from kdrl_jax.models.config import ModelConfig, RopeScaling
+from kdrl_jax.models.hf import load_config, load_eos_ids, load_hf, save_hf
+from kdrl_jax.models.qwen import REMAT, Decoder
+
+__all__ = [
+    "REMAT",
+    "Decoder",
+    "ModelConfig",
+    "RopeScaling",
+    "load_config",
+    "load_eos_ids",
+    "load_hf",
+    "save_hf",
+]

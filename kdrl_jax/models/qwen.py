@@ -1,0 +1,289 @@
+"""The decoder: one layer defined with Flax NNX, stacked by `nnx.vmap`, run by `lax.scan`.
+
+NNX says which parameters there are and how a layer computes; plain nested dicts of arrays, with
+every layer's weights stacked on a leading axis, are what flows. Compile time does not grow with
+depth, and one partition table (`kdrl_jax.sharding`) covers every model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kdrl_jax.models.attention import attend, attend_cached
+from kdrl_jax.models.config import ModelConfig
+from kdrl_jax.models.layers import MLP, AttentionProjections, RMSNorm, einsum, rope_angles
+from kdrl_jax.sharding import constrain, path_name
+from kdrl_jax.types import KVCache, Params, UserError
+
+Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
+"""(q, k, v of the new tokens) -> (weighted values, whatever the caller keeps of k and v)."""
+
+# What the backward pass finds stored of each layer. 'dots' keeps the results of the projections
+# (matrix products without a batch axis) and recomputes attention scores and elementwise work.
+REMAT: dict[str, Callable[..., Any]] = {
+    "none": lambda f: f,
+    "full": functools.partial(jax.checkpoint, prevent_cse=False),
+    "dots": functools.partial(
+        jax.checkpoint,
+        prevent_cse=False,
+        policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    ),
+}
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.attn = AttentionProjections(config, rngs=rngs)
+        self.post_norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        self.mlp = MLP(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "R L D"], rope: tuple[Array, Array], attend: Attend
+    ) -> tuple[Float[Array, "R L D"], Any]:
+        with jax.named_scope("attention"):
+            out, kept = attend(*self.attn.qkv(self.input_norm(x), rope))
+            out = constrain(out, "batch", "length", "heads", None)
+            x = constrain(x + self.attn.o_proj(out), "batch", "length", "embed")
+        with jax.named_scope("mlp"):
+            x = x + self.mlp(self.post_norm(x))
+        return constrain(x, "batch", "length", "embed"), kept
+
+
+class Embedding(nnx.Module):
+    """Rows of a [V, D] table ~ N(0, 1/D)."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.hidden_size**-0.5
+        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class Head(nnx.Module):
+    """An output head of its own, stored [V, D] like the embedding: the layout decode reads best."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.hidden_size)
+        std = config.hidden_size**-0.5
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32))
+
+
+class Network(nnx.Module):
+    """All parameters of a decoder; `layers` is one DecoderLayer with a leading layer axis."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        @nnx.split_rngs(splits=config.num_layers)
+        @nnx.vmap(in_axes=(0,), out_axes=0)
+        def stack(rngs: nnx.Rngs) -> DecoderLayer:
+            return DecoderLayer(config, rngs=rngs)
+
+        self.embed = Embedding(config, rngs=rngs)
+        self.layers = stack(rngs)
+        self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
+        if not config.tie_embeddings:
+            self.lm_head = Head(config, rngs=rngs)
+
+
+@functools.lru_cache(maxsize=64)
+def _graph(module: Callable[..., nnx.Module], args: tuple[Any, ...]) -> Any:
+    """The structure of `module(*args)` without its arrays."""
+    return nnx.graphdef(nnx.eval_shape(lambda: module(*args, rngs=nnx.Rngs(0))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model without its weights: hashable, so it can be a static argument of `jax.jit`.
+
+    Args:
+      config: sizes and switches.
+      dtype: of activations and products; weights are cast to it as they are used. Softmax, norms
+        and logits are fp32 whatever it is.
+      remat: what backward recomputes, a key of REMAT.
+
+    Raises:
+      UserError: `remat` is not a known name.
+    """
+
+    config: ModelConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        if self.remat not in REMAT:
+            near = difflib.get_close_matches(str(self.remat), REMAT, n=1, cutoff=0)
+            raise UserError(
+                f"remat: {self.remat!r} found; choose from {', '.join(REMAT)} (nearest: {near[0]})"
+            )
+
+    def init(self, key: Array) -> Params:
+        """Random fp32 weights in the layout of `sharding.PARAM_RULES`.
+
+        Matrices are N(0, 1/fan_in), divided by sqrt(2Y) where they write to the residual stream.
+        Pure, so that `jax.jit(model.init, out_shardings=...)` never holds them unsharded.
+
+        Args:
+          key: a JAX random key.
+        """
+        network = Network(self.config, rngs=nnx.Rngs(params=key))
+        return nnx.to_pure_dict(nnx.state(network, nnx.Param))
+
+    def shapes(self) -> Params:
+        """The tree that `init` returns, as shapes and dtypes."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def cast(self, params: Params) -> Params:
+        """`params` as the layers would cast them at each use, to do it once before a decode loop.
+
+        Results are the same bits. Norm scales stay as they are: norms compute in fp32.
+        """
+
+        def one(path: Any, x: Array) -> Array:
+            return x if path_name(path).endswith("/scale") else x.astype(self.dtype)
+
+        return jax.tree_util.tree_map_with_path(one, params)
+
+    def apply(
+        self,
+        params: Params,
+        tokens: Int[Array, "R L"],
+        positions: Int[Array, "R L"],
+        segment_ids: Int[Array, "R L"],
+    ) -> Float[Array, "R L D"]:
+        """Hidden states after the final norm, in the compute dtype.
+
+        A token sees the earlier tokens of its row that carry its own segment id; id 0 is padding,
+        where the output is meaningless but finite.
+
+        Args:
+          tokens: ids in [0, V).
+          positions: RoPE positions, counted within each segment.
+          segment_ids: 0 = padding; rows may pack several segments.
+        """
+        rope = rope_angles(self.config, positions)
+
+        def look(q: Array, k: Array, v: Array) -> tuple[Array, None]:
+            return attend(q, k, v, segment_ids), None
+
+        def step(x: Array, weights: Params) -> tuple[Array, None]:
+            return self._layer(weights, x, rope, look)
+
+        x, _ = jax.lax.scan(REMAT[self.remat](step), self._embed(params, tokens), params["layers"])
+        return self._final_norm(params, x)
+
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "P S"],
+        positions: Int[Array, "P S"],
+        segment_ids: Int[Array, "P S"],
+    ) -> tuple[Float[Array, "P S D"], KVCache]:
+        """`apply` on the prompts, which also returns their keys and values [Y, P, K, S, H]."""
+        rope = rope_angles(self.config, positions)
+
+        def look(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+            kept = KVCache(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
+            return attend(q, k, v, segment_ids), kept
+
+        def step(x: Array, weights: Params) -> tuple[Array, KVCache]:
+            return self._layer(weights, x, rope, look)
+
+        x, cache = jax.lax.scan(step, self._embed(params, tokens), params["layers"])
+        cache = jax.tree.map(lambda c: constrain(c, None, "batch", "kv_heads", None, None), cache)
+        return self._final_norm(params, x), cache
+
+    def new_cache(self, problems: int, group: int, length: int) -> KVCache:
+        """An empty completion cache [Y, P, G, K, T, H] in the compute dtype."""
+        c = self.config
+        shape = (c.num_layers, problems, group, c.num_kv_heads, length, c.head_dim)
+        axes = (None, "batch", None, "kv_heads", None, None)
+        zeros = constrain(jnp.zeros(shape, self.dtype), *axes)
+        return KVCache(k=zeros, v=zeros)
+
+    def decode(
+        self,
+        params: Params,
+        tokens: Int[Array, "P G"],
+        positions: Int[Array, "P G"],
+        prompt_cache: KVCache,
+        prompt_mask: Bool[Array, "P S"],
+        completion_cache: KVCache,
+        index: Int[Array, ""] | int,
+    ) -> tuple[Float[Array, "P G D"], KVCache]:
+        """One token of every rollout: hidden states, and the cache with the token written in.
+
+        The G rollouts of a prompt share its cache. The completion cache travels through the layer
+        scan as a carry and is written in place, so that a decode loop which carries it in turn
+        copies nothing but the slice a layer reads.
+
+        Args:
+          tokens: the newest token of each rollout.
+          positions: their RoPE positions, prompt length + index.
+          prompt_cache: [Y, P, K, S, H], from `prefill`.
+          prompt_mask: True at real prompt tokens.
+          completion_cache: [Y, P, G, K, T, H], see `new_cache`; slots below `index` are filled.
+          index: the completion slot to write, the same for every rollout; in [0, T).
+        """
+        rope = rope_angles(self.config, positions)
+        written = jnp.arange(completion_cache.k.shape[4]) <= index
+
+        def step(carry: tuple[Array, KVCache], xs: tuple[Params, KVCache, Array]) -> Any:
+            x, cache = carry
+            weights, prompt, layer = xs
+
+            def look(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
+                pairs = zip(cache, (k, v), strict=True)
+                new = KVCache(*(_write(c, token, layer, index) for c, token in pairs))
+                own_k, own_v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in new)
+                out = attend_cached(q, prompt.k, prompt.v, prompt_mask, own_k, own_v, written)
+                return out, new
+
+            return self._layer(weights, x, rope, look), None
+
+        layers = jnp.arange(self.config.num_layers)
+        carry = (self._embed(params, tokens), completion_cache)
+        (x, cache), _ = jax.lax.scan(step, carry, (params["layers"], prompt_cache, layers))
+        return self._final_norm(params, x), cache
+
+    def head(self, params: Params) -> Float[Array, "V D"]:
+        """The output head in the compute dtype: its own, or the embedding where tied."""
+        tied = self.config.tie_embeddings
+        table = params["embed"]["embedding"] if tied else params["lm_head"]["kernel"]
+        return table.astype(self.dtype)
+
+    def logits(self, params: Params, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """fp32 scores of every vocabulary row.
+
+        For long rows use `kdrl_jax.objectives.logprobs` instead, which never holds [R, L, V].
+        """
+        hidden = hidden.astype(self.dtype)
+        return einsum("...D,VD->...V", hidden, self.head(params), jnp.float32)
+
+    def _layer(self, weights: Params, x: Array, rope: tuple[Array, Array], attend: Attend) -> Any:
+        layer = nnx.merge(_graph(DecoderLayer, (self.config,)), weights)
+        return layer(x, rope, attend)
+
+    def _embed(self, params: Params, tokens: Array) -> Array:
+        x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(self.dtype)
+        return constrain(x, "batch", "length", "embed")
+
+    def _final_norm(self, params: Params, x: Array) -> Array:
+        args = (self.config.hidden_size, self.config.norm_eps)
+        return nnx.merge(_graph(RMSNorm, args), params["final_norm"])(x)
+
+
+def _write(cache: Array, new: Array, layer: Array, index: Array | int) -> Array:
+    """Put `new` [P, G, K, H] at `index` of layer `layer` of `cache` [Y, P, G, K, T, H]."""
+    update = new[None, :, :, :, None, :].astype(cache.dtype)
+    return jax.lax.dynamic_update_slice(cache, update, (layer, 0, 0, 0, index, 0))
