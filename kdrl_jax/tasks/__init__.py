@@ -1,0 +1,1 @@
+"""Procedural tasks: problems with answers and worked solutions, made from a seed."""

@@ -1,0 +1,101 @@
+"""Chains of additions and subtractions with worked solutions.
+
+A problem is a chain such as `23+45-17=`; its answer is the value of the chain, `51`; its worked
+solution carries one running value from left to right, one operation a step:
+
+    <think>23+45=68,68-17=51</think>\\boxed{51}
+
+Every running value stays in [0, max_value], so no number is negative. One step is easy, the whole
+chain is right only if every step is: a model that is right in 80 % of its steps solves about 40 %
+of chains of four, which leaves room to learn on either side.
+
+Train and test problems are disjoint whatever their seeds: a checksum of the problem's text decides
+which split it belongs to.
+"""
+
+import random
+import zlib
+
+from kdrl_jax.types import Problem
+
+SPLITS = ("train", "test")
+TEST_SHARE = 10  # one text in TEST_SHARE belongs to the test split
+MAX_MISSES = 1000  # draws in a row without a new problem before the space counts as exhausted
+
+
+def problems(
+    count: int,
+    seed: int,
+    *,
+    split: str = "train",
+    min_terms: int = 4,
+    max_terms: int = 4,
+    max_operand: int = 99,
+    max_value: int = 99,
+) -> list[Problem]:
+    """`count` different problems of one split, a function of the arguments alone.
+
+    min_terms, max_terms: how many numbers a chain has, drawn uniformly, both ends included.
+    max_operand: largest number after the first one; the smallest is 1.
+    max_value: largest running value, the first number included.
+
+    Raises ValueError for arguments out of range and for a space with too few different problems.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
+    if count < 0:
+        raise ValueError(f"count must not be negative: {count}")
+    if not 2 <= min_terms <= max_terms:
+        raise ValueError(f"need 2 <= min_terms <= max_terms, not {min_terms} and {max_terms}")
+    if max_operand < 1 or max_value < 1:
+        raise ValueError(f"max_operand and max_value must be >= 1: {max_operand}, {max_value}")
+
+    rng = random.Random(f"arithmetic {split} {seed}")
+    found: dict[str, Problem] = {}
+    misses = 0
+    while len(found) < count:
+        terms, answer = _chain(rng, rng.randint(min_terms, max_terms), max_operand, max_value)
+        text = f"{terms[0]}" + "".join(f"{term:+d}" for term in terms[1:]) + "="
+        if text in found or split_of(text) != split:
+            misses += 1
+            if misses > MAX_MISSES:
+                raise ValueError(f"only {len(found)} different {split} problems, {count} wanted")
+            continue
+        misses = 0
+        found[text] = Problem(
+            id=f"arithmetic/{split}/{seed}/{len(found)}",
+            problem=text,
+            answer=str(answer),
+            meta={"terms": terms},
+        )
+    return list(found.values())
+
+
+def solution(problem: Problem) -> str:
+    """The worked response to a problem of `problems`, without an end token."""
+    value, *rest = problem.meta["terms"]
+    steps = []
+    for term in rest:
+        steps.append(f"{value}{term:+d}={value + term}")
+        value += term
+    return f"<think>{','.join(steps)}</think>\\boxed{{{problem.answer}}}"
+
+
+def split_of(text: str) -> str:
+    """The split to which a problem's text belongs."""
+    return "test" if zlib.crc32(text.encode()) % TEST_SHARE == 0 else "train"
+
+
+def _chain(
+    rng: random.Random, length: int, max_operand: int, max_value: int
+) -> tuple[list[int], int]:
+    """`length` signed terms whose running sums stay in [0, max_value], and their sum."""
+    value = rng.randint(1, max_value)
+    terms = [value]
+    for _ in range(length - 1):
+        room_up, room_down = min(max_operand, max_value - value), min(max_operand, value)
+        up = room_down == 0 or (room_up > 0 and rng.random() < 0.5)
+        term = rng.randint(1, room_up) if up else -rng.randint(1, room_down)
+        terms.append(term)
+        value += term
+    return terms, value
