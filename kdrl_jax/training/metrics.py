@@ -1,0 +1,153 @@
+"""Where numbers go: `metrics.jsonl`, TensorBoard, the terminal; and a count of compilations."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+class CompileCounter:
+    """Counts XLA compilations of this process from its creation on."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+
+    def _listen(self, event: str, duration: float, **_: Any) -> None:
+        if event == _COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration
+
+
+class MetricsWriter:
+    """One JSON object a line in `workdir/metrics.jsonl`, and the same scalars for TensorBoard.
+
+    Opening it drops every line after `resume_step` and any torn last line, so that a resumed run
+    leaves the file an uninterrupted one would have left.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int | None):
+        self.path = workdir / "metrics.jsonl"
+        kept = [] if resume_step is None else read_metrics(self.path, up_to=resume_step)
+        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = self.path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(
+            str(workdir / "tensorboard"),
+            purge_step=None if resume_step is None else resume_step + 1,
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append one line and flush it to the file."""
+        row = {"step": step, **{k: _plain(v) for k, v in scalars.items()}}
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        for name, value in row.items():
+            if name != "step":
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a torn line and rows after step `up_to` are left out."""
+    rows: list[dict[str, Any]] = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            if up_to is None or row["step"] <= up_to:
+                rows.append(row)
+    return rows
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace a file's content in one step: a reader sees the old or the new, never half."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _plain(value: Any) -> float | int:
+    value = value.item() if hasattr(value, "item") else value
+    return value if isinstance(value, int) else float(value)
+
+
+class Display:
+    """Progress for a person: a live bar on a terminal, one line per report elsewhere."""
+
+    def __init__(self, quiet: bool = False):
+        self.console = Console(file=sys.stdout, highlight=False, quiet=quiet, soft_wrap=True)
+        self._progress: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """One line of plain text."""
+        self.console.print(text, markup=False)
+
+    def track(self, title: str, total: int, start: int = 0) -> Track:
+        """A bar of `total` steps, `start` of them done; close it before opening another."""
+        return Track(self.console, title, total, start)
+
+
+class Track:
+    """One phase of known length. `advance` reports a step with a short text beside it."""
+
+    def __init__(self, console: Console, title: str, total: int, start: int):
+        self._console, self._title, self._total, self._done = console, title, total, start
+        self._begun, self._first = time.monotonic(), start
+        self._printed = 0.0
+        self._bar: Progress | None = None
+        if console.is_terminal:
+            self._bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"),
+                console=console,
+                transient=False,
+            )
+            self._task = self._bar.add_task(title, total=total, completed=start, text="")
+            self._bar.start()
+
+    def advance(self, text: str = "", steps: int = 1, every_s: float = 0.0) -> None:
+        """Report `steps` more; without a terminal a line at most each `every_s` seconds."""
+        self._done += steps
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, text=text)
+            return
+        now = time.monotonic()
+        if self._done == self._total or now - self._printed >= every_s:
+            pace = (now - self._begun) / max(self._done - self._first, 1)
+            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - self._done)))
+            self._console.print(
+                f"{self._title} {self._done}/{self._total}  {text}  ETA {left}", markup=False
+            )
+            self._printed = now
+
+    def close(self) -> None:
+        if self._bar:
+            self._bar.stop()
+            self._bar = None
+
+    def __enter__(self) -> Track:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,222 @@
+"""Building the student and the teacher: from a folder, or from a shape and worked solutions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from kdrl_jax.config import Sizes, digest
+from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
+from kdrl_jax.models import Decoder, ModelConfig, load_hf
+from kdrl_jax.sharding import param_shardings
+from kdrl_jax.tasks.registry import TASKS
+from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.training.metrics import Display, write_atomic
+from kdrl_jax.training.sft import Example, train_supervised
+from kdrl_jax.training.state import init_params
+from kdrl_jax.types import Params, UserError
+
+
+def model_folder(path: str | Path) -> Path:
+    """Where config.json and the tokenizer are: the folder itself, or a run's `model/`."""
+    folder = Path(path)
+    return folder / "model" if (folder / "model" / "config.json").is_file() else folder
+
+
+def read_model_config(path: str | Path) -> ModelConfig:
+    """The shape of the model in a Hugging Face folder or a run's folder, without its weights.
+
+    Raises:
+      UserError: no config.json, or a model that is not supported.
+    """
+    file = model_folder(path) / "config.json"
+    if not file.is_file():
+        raise UserError(f"{path}: holds no config.json; give a Hugging Face or run folder")
+    return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+
+
+def model_config(role: ConfigDict, tokenizer: Tokenizer, window: int) -> ModelConfig:
+    """The shape of a role's model: read from its folder, or from `shape`."""
+    if role.path:
+        return read_model_config(role.path)
+    shape = role.shape
+    return ModelConfig(
+        vocab_size=-(-tokenizer.size // 64) * 64,
+        hidden_size=shape.hidden_size,
+        num_layers=shape.num_layers,
+        num_heads=shape.num_heads,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
+        mlp_size=shape.mlp_size,
+        rope_theta=10_000.0,
+        rope_scaling=None,
+        norm_eps=1e-6,
+        qkv_bias=shape.model_type == "qwen2",
+        qk_norm=shape.model_type == "qwen3",
+        tie_embeddings=True,
+        max_positions=window,
+        model_type=shape.model_type,
+    )
+
+
+def check_roles(
+    config: ConfigDict, sizes: Sizes, tokenizer: Tokenizer, meshes: dict[str, Mesh]
+) -> dict[str, ModelConfig]:
+    """The shape of each role's model, after everything that can stand against it was checked.
+
+    Args:
+      meshes: config key to mesh.
+
+    Raises:
+      UserError: a window that is too short, a vocabulary that does not fit, a micro-batch that
+        the mesh cannot split, a teacher that maps ids otherwise; one line each.
+    """
+    window = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    roles = ["student", "teacher"] if sizes.uses_teacher else ["student"]
+    shapes = {name: model_config(config[name], tokenizer, window) for name in roles}
+    problems: list[str] = []
+    for name, shape in shapes.items():
+        if window > shape.max_positions:
+            problems.append(
+                f"data.max_prompt_tokens + rollout.max_new_tokens: {window} exceeds the {name}'s "
+                f"window of {shape.max_positions}; lower one of them"
+            )
+        if tokenizer.size > shape.vocab_size:
+            problems.append(
+                f"{name}.path: has {shape.vocab_size} vocabulary rows, the tokenizer "
+                f"{tokenizer.size} ids; use the tokenizer that belongs to the model"
+            )
+    for key, mesh in meshes.items():
+        ways = mesh.shape["data"] * mesh.shape["fsdp"]
+        if config.micro_batch % ways:
+            problems.append(
+                f"micro_batch: {config.micro_batch} is not a multiple of {key}.data x {key}.fsdp "
+                f"= {ways}; change one of them"
+            )
+    if problems:
+        raise UserError(*problems)
+    if sizes.uses_teacher and config.teacher.path:
+        check_tokenizer_pair(tokenizer, load_tokenizer(model_folder(config.teacher.path)))
+    return shapes
+
+
+def build_role(
+    name: str,
+    config: ConfigDict,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    display: Display,
+) -> Params:
+    """The weights of a role's model, sharded on `mesh`.
+
+    They come from `path` or are random; then `sft.steps` of supervised training on worked
+    solutions follow. What comes out of that is kept in `cache_dir` under a name made of all keys
+    that shape it.
+
+    Args:
+      name: 'student' or 'teacher', a section of `config`.
+    """
+    role = config[name]
+    shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
+    # Float32 master weights to train; a teacher that only scores keeps its compute dtype.
+    trained = name == "student" or role.sft.steps > 0
+    dtype = "float32" if trained else role.dtype
+    kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config)}"
+    if role.sft.steps and kept.is_dir():
+        display.say(f"{name}: from {kept}")
+        return restore_params(kept, abstract_params(model, shardings))
+    if not role.path:
+        params = init_params(model, jax.random.key(role.sft.seed), mesh)
+    elif (Path(role.path) / "checkpoints").is_dir():
+        params = restore_params(Path(role.path), abstract_params(model, shardings))
+    else:
+        _, params = load_hf(role.path, mesh=mesh, dtype=dtype)
+    if role.sft.steps:
+        params = _fine_tune(name, config, model, params, tokenizer, mesh, display)
+        keep_model(kept, model.config, tokenizer, lambda folder: save_params(folder, params))
+    return params
+
+
+def ends_differently(config: ConfigDict, tokenizer: Tokenizer) -> bool:
+    """Whether the teacher's own tokenizer ends a text with another id than `tokenizer`."""
+    if not config.teacher.path:
+        return False
+    return load_tokenizer(model_folder(config.teacher.path)).eos_id != tokenizer.eos_id
+
+
+def sft_digest(role: ConfigDict, config: ConfigDict) -> str:
+    """Names the result of supervised training: everything that shapes it."""
+    role = role.to_dict()
+    role.pop("remat")
+    keys = ("task", "path", "prompt_style", "max_prompt_tokens", "seed", "fields")
+    return digest([role, {k: config.data.to_dict()[k] for k in keys}, config.tokenizer])
+
+
+def keep_model(
+    folder: Path, shape: ModelConfig, tokenizer: Tokenizer, save: Callable[[Path], None]
+) -> None:
+    """Write `model/` and whatever `save` adds; the folder appears whole or not at all."""
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    write_model_files(temporary, shape, tokenizer)
+    save(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def write_model_files(run: Path, shape: ModelConfig, tokenizer: Tokenizer) -> None:
+    """`model/`: the Hugging Face config and the tokenizer, so that a run's folder is complete."""
+    (run / "model").mkdir(parents=True, exist_ok=True)
+    text = json.dumps(shape.to_hf(), indent=2, sort_keys=True) + "\n"
+    write_atomic(run / "model" / "config.json", text)
+    tokenizer.save(run / "model")
+
+
+def worked_examples(name: str, config: ConfigDict, tokenizer: Tokenizer) -> list[Example]:
+    """Prompts with worked solutions from the task, tokenised; too-long ones are dropped."""
+    sft = config[name].sft
+    task = TASKS[sft.task or config.data.task]
+    problems = task.problems(sft.problems, config.data.seed + sft.seed, split="train")
+    style = config.data.prompt_style
+    kept, _ = encode_prompts(problems, tokenizer, style, config.data.max_prompt_tokens)
+    return [
+        (ids, [*tokenizer.encode(task.solution(problem)), tokenizer.eos_id])
+        for problem, ids in kept
+    ]
+
+
+def _fine_tune(
+    name: str,
+    config: ConfigDict,
+    model: Decoder,
+    params: Params,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    display: Display,
+) -> Params:
+    sft = config[name].sft
+    examples = worked_examples(name, config, tokenizer)
+    with display.track(f"{name}: supervised training", sft.steps) as track:
+        return train_supervised(
+            model,
+            params,
+            examples,
+            mesh,
+            steps=sft.steps,
+            batch_size=sft.batch_size,
+            learning_rate=sft.learning_rate,
+            seed=sft.seed,
+            valid_vocab=tokenizer.size,
+            pad_id=tokenizer.pad_id,
+            chunk=config.logprob_chunk,
+            report=lambda nll: track.advance(f"nll {nll:.3f}", every_s=10),
+        )

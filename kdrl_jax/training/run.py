@@ -1,0 +1,213 @@
+"""The book-keeping of a run: metrics one step late, samples, checkpoints, the summary."""
+
+from __future__ import annotations
+
+import json
+import platform
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from kdrl_jax.training.checkpoints import CheckpointStore
+from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.metrics import (
+    CompileCounter,
+    Display,
+    MetricsWriter,
+    read_metrics,
+    write_atomic,
+)
+from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
+from kdrl_jax.types import Rollouts, TrainState, Verdict
+
+
+class StopRequest:
+    """True after SIGTERM or the first Ctrl-C: finish the step, save, and leave.
+
+    A second Ctrl-C interrupts at once. Handlers are put back on exit; outside the main thread,
+    where none can be set, it stays False.
+    """
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        try:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._before[number] = signal.signal(number, self._handle)
+        except ValueError:
+            pass
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: Any) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __bool__(self) -> bool:
+        return self.signal is not None
+
+
+class Run:
+    """A run's folder while it is being written. Use as a context manager.
+
+    A step's device metrics are read when the next step's rollouts have been started, so the
+    devices are never waited for in vain.
+
+    Args:
+      start: updates already made; lines of `metrics.jsonl` after it are dropped.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        start: int | None,
+        store: CheckpointStore,
+        display: Display,
+    ):
+        self.config, self.workdir, self.store = config, workdir, store
+        self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
+        self.stopping = StopRequest()
+        self._begun = time.monotonic()
+        self._writer = MetricsWriter(workdir, start)
+        self._track = self.display.track("step", config.steps, start or 0)
+        self._pending: tuple[int, Any, dict[str, float]] | None = None
+
+    def __enter__(self) -> Run:
+        self.stopping.__enter__()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stopping.__exit__()
+        self._track.close()
+        self._writer.close()
+        self.store.close()
+
+    def step_done(
+        self,
+        step: int,
+        metrics: Mapping[str, jax.Array],
+        scalars: Mapping[str, float],
+        rollouts: Rollouts,
+        verdicts: Sequence[Verdict],
+        rewards: np.ndarray,
+    ) -> None:
+        """Remember a step, whose `metrics` may not have been computed yet."""
+        numbers = {**scalars, **rollout_metrics(rollouts, verdicts, rewards), **self.clock.take()}
+        numbers["tokens_per_s/rollout"] = (
+            numbers["length/mean"] * rewards.size / numbers["time/rollout_s"]
+        )
+        self._pending = (step, metrics, numbers)
+
+    def wait(self) -> dict[str, float] | None:
+        """Wait for the remembered step's update; its numbers, or None if there is none."""
+        if self._pending is None:
+            return None
+        step, metrics, numbers = self._pending
+        if metrics is not None:
+            numbers |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+            self.clock.lap("update")
+            numbers |= self.clock.take()
+            numbers["compile/count"] = self.compiles.count
+            self._pending = (step, None, numbers)
+        return numbers
+
+    def settle(self) -> None:
+        """Write the remembered step's line."""
+        numbers = self.wait()
+        if numbers is None:
+            return
+        assert self._pending
+        step, _, _ = self._pending
+        self._pending = None
+        self._writer.write(step, dict(sorted(numbers.items())))
+        shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
+        if "kl/teacher" in numbers:
+            shown += f"  kl {numbers['kl/teacher']:.4f}"
+        if "eval/accuracy" in numbers:
+            shown += f"  accuracy {numbers['eval/accuracy']:.3f}"
+        self._track.advance(shown, every_s=0)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add an evaluation to the step's line; before the first step it is a line of its own."""
+        self.clock.lap("eval")
+        numbers = self.wait()
+        if numbers is None:
+            self._writer.write(step, {**metrics, **self.clock.take()})
+            self.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f}")
+        else:
+            numbers |= {**metrics, **self.clock.take()}
+
+    def write_samples(
+        self,
+        step: int,
+        asked: Sequence[EncodedProblem],
+        texts: Sequence[str],
+        verdicts: Sequence[Verdict],
+        rollouts: Rollouts,
+    ) -> None:
+        """`samples/step_000010.jsonl`, every `samples.every` steps."""
+        s = self.config.samples
+        if s.every and step % s.every == 0:
+            path = self.workdir / "samples" / f"step_{step:06d}.jsonl"
+            write_samples(path, asked, texts, verdicts, rollouts, s.count)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Start a checkpoint, after the metrics up to it are in the file."""
+        self.settle()
+        meta = {"step": step, "seed": self.config.seed, "data_position": step}
+        self.store.save(step, state, meta)
+        self.clock.lap("checkpoint")
+
+    def finish(self, step: int) -> dict[str, Any]:
+        """Write and return `summary.json`; say in words how the run ended."""
+        self.settle()
+        self._track.close()
+        rows = read_metrics(self.workdir / "metrics.jsonl")
+        accuracy = [(r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r]
+        summary: dict[str, Any] = {
+            "steps": step,
+            "finished": step == self.config.steps,
+            "seconds": round(time.monotonic() - self._begun, 1),
+            "compile/count": self.compiles.count,
+            "compile/seconds": round(self.compiles.seconds, 1),
+            "objective": self.config.objective,
+            "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "versions": {
+                "python": platform.python_version(),
+                **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
+            },
+        }
+        if accuracy:
+            summary["eval/accuracy/first"] = accuracy[0][1]
+            summary["eval/accuracy/last"] = accuracy[-1][1]
+        if rows:
+            last = {k: v for k, v in rows[-1].items() if isinstance(v, float)}
+            summary["last"] = last
+        write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self._say_end(step, accuracy)
+        return summary
+
+    def _say_end(self, step: int, accuracy: list[tuple[int, float]]) -> None:
+        say = self.display.say
+        if step < self.config.steps:
+            say(f"stopped after step {step} and saved; run the same command again to continue")
+        if accuracy:
+            say(
+                f"held-out accuracy: {accuracy[0][1]:.1%} before (step {accuracy[0][0]}), "
+                f"{accuracy[-1][1]:.1%} after step {accuracy[-1][0]}"
+            )
+        say(f"everything is in {self.workdir}")

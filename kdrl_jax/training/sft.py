@@ -1,0 +1,111 @@
+"""Supervised training on worked solutions: how the embedded teacher and the warm start are made.
+
+It is the same fused step: with every advantage 1 and no teacher, the on-policy GRPO term's
+gradient is −Σ w·∇log π, which is cross-entropy's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kdrl_jax.objectives import token_weights
+from kdrl_jax.sharding import put_batch, replicated
+from kdrl_jax.training.batch import to_rows
+from kdrl_jax.training.state import init_state, make_optimizer, make_schedule
+from kdrl_jax.training.step import Hyper, make_update
+from kdrl_jax.types import Params, TrainBatch
+
+Example = tuple[list[int], list[int]]
+"""Prompt ids and completion ids, the end token included."""
+
+
+def train_supervised(
+    model: Any,
+    params: Params,
+    examples: Sequence[Example],
+    mesh: Mesh,
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    valid_vocab: int,
+    pad_id: int,
+    chunk: int,
+    report: Callable[[float], None] = lambda nll: None,
+) -> Params:
+    """Minimise −(1/B) Σ_i (1/|o_i|) Σ_t log π(o_{i,t}), cosine schedule, AdamW.
+
+    Args:
+      params: float32 weights in their shards; donated.
+      examples: drawn in a seeded shuffle, each once per epoch.
+      report: called with the batch's mean −log π (nats) at every step.
+
+    Returns:
+      The trained weights.
+    """
+    schedule = make_schedule(
+        learning_rate, max(steps // 20, 1), "cosine", steps, floor=learning_rate / 10
+    )
+    optimizer = make_optimizer(
+        schedule, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.01, clip_norm=1.0
+    )
+    update = make_update(
+        model,
+        optimizer,
+        mesh,
+        kd_estimator="k2",
+        micro_batches=1,
+        valid_vocab=valid_vocab,
+        chunk=chunk,
+    )
+    state = init_state(params, optimizer, mesh)
+    one = np.float32(1.0)
+    hyper = jax.device_put(Hyper(np.float32(0), one, one, one, np.float32(0)), replicated(mesh))
+    s = max(len(prompt) for prompt, _ in examples)
+    t = max(len(completion) for _, completion in examples)
+    rng = np.random.default_rng(seed)
+    order = np.empty(0, np.int64)
+    previous = None
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order = np.concatenate([order, rng.permutation(len(examples))])
+        chosen, order = order[:batch_size], order[batch_size:]
+        batch = put_batch(mesh, supervised_batch([examples[i] for i in chosen], s, t, pad_id))
+        state, metrics = update(state, batch, hyper)
+        if previous is not None:  # one step late, so that the host prepares while devices work
+            report(-float(previous))
+        previous = metrics["log_probs/mean"]
+    if previous is not None:
+        report(-float(previous))
+    return state.params
+
+
+def supervised_batch(examples: Sequence[Example], s: int, t: int, pad_id: int) -> TrainBatch:
+    """Rows of S + T tokens whose completions are trained on with weight 1 / (B·|o_i|)."""
+    n = len(examples)
+    prompts = np.full((n, s), pad_id, np.int32)
+    completions = np.full((n, t), pad_id, np.int32)
+    prompt_lengths, lengths = np.zeros(n, np.int32), np.zeros(n, np.int32)
+    for i, (prompt, completion) in enumerate(examples):
+        prompts[i, s - len(prompt) :] = prompt
+        completions[i, : len(completion)] = completion
+        prompt_lengths[i], lengths[i] = len(prompt), len(completion)
+    rows = to_rows(prompts, prompt_lengths, completions, lengths)
+    mask = np.arange(t)[None, :] < lengths[:, None]
+    weights = token_weights(mask, np.arange(n), "seq-mean-token-mean")
+    zeros = np.zeros((n, t), np.float32)
+    return TrainBatch(
+        *rows,
+        sampler_log_probs=zeros,
+        old_log_probs=None,
+        teacher_log_probs=None,
+        advantages=np.ones((n, t), np.float32),
+        weights=weights,
+        kd_weights=zeros,
+    )

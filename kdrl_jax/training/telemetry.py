@@ -1,0 +1,87 @@
+"""What a step says of itself: rollout statistics, phase times and sample files."""
+
+from __future__ import annotations
+
+import collections
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.types import FINISH_LENGTH, OUTCOMES, Rollouts, Verdict
+
+
+class StepClock:
+    """Wall time by phase: `lap(name)` books the time since the last lap to `time/NAME_s`."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+        self._booked: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """The time since the last lap was spent on `name`, in seconds."""
+        now = time.perf_counter()
+        key = f"time/{name}_s"
+        self._booked[key] = self._booked.get(key, 0.0) + now - self._last
+        self._last = now
+
+    def take(self) -> dict[str, float]:
+        """What has been booked since the last call."""
+        booked, self._booked = self._booked, {}
+        return booked
+
+
+def rollout_metrics(
+    rollouts: Rollouts, verdicts: Sequence[Verdict], rewards: np.ndarray
+) -> dict[str, float]:
+    """Rewards, verdicts and lengths of one step.
+
+    Args:
+      rewards: [P, G]; verdicts: the same in order, flat.
+    """
+    lengths, finish = jax.device_get((rollouts.lengths, rollouts.finish_reason))
+    counts = collections.Counter(v.outcome for v in verdicts)
+    group = rewards.mean(axis=1)
+    return {
+        "reward/mean": float(rewards.mean()),
+        "reward/all_right_frac": float((group == 1).mean()),
+        "reward/all_wrong_frac": float((group == 0).mean()),
+        **{f"reward/{name}_frac": counts[name] / len(verdicts) for name in OUTCOMES},
+        "length/mean": float(lengths.mean()),
+        "length/max": float(lengths.max()),
+        "length/truncated_frac": float((finish == FINISH_LENGTH).mean()),
+    }
+
+
+def write_samples(
+    path: Path,
+    problems: Sequence[EncodedProblem],
+    texts: Sequence[str],
+    verdicts: Sequence[Verdict],
+    rollouts: Rollouts,
+    count: int,
+) -> None:
+    """The first `count` rollouts of a step, one JSON object a line."""
+    lengths, finish = jax.device_get((rollouts.lengths, rollouts.finish_reason))
+    group = lengths.shape[1]
+    lines = []
+    for i in range(min(count, len(texts))):
+        problem = problems[i // group][0]
+        row = {
+            "id": problem.id,
+            "sample": i % group,
+            "problem": problem.problem,
+            "answer": problem.answer,
+            "completion": texts[i],
+            "reward": verdicts[i].reward,
+            "outcome": verdicts[i].outcome,
+            "length": int(lengths.reshape(-1)[i]),
+            "finish_reason": "length" if finish.reshape(-1)[i] == FINISH_LENGTH else "eos",
+        }
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_atomic(path, "".join(lines))

@@ -1,0 +1,303 @@
+"""The fused step: what must not change its result, and what must."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from kdrl_jax.models import Decoder, ModelConfig
+from kdrl_jax.sharding import BATCH_AXES, make_mesh, param_shardings, put_batch, replicated
+from kdrl_jax.training.batch import build_batch, rollout_rows
+from kdrl_jax.training.sft import supervised_batch, train_supervised
+from kdrl_jax.training.state import init_params, init_state, make_optimizer, make_schedule
+from kdrl_jax.training.step import Hyper, make_update
+from kdrl_jax.training.teacher import Teacher, join_micro_batches, split_micro_batches
+from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Rollouts
+
+VOCAB, VALID = 32, 29
+P_, G, S, T = 4, 2, 6, 10
+MODEL = Decoder(
+    ModelConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=32,
+        qk_norm=True,
+        tie_embeddings=True,
+        max_positions=64,
+        model_type="qwen3",
+    )
+)
+ONE_DEVICE = make_mesh(devices=jax.devices()[:1])
+
+
+def rollouts(seed: int = 0) -> Rollouts:
+    rng = np.random.default_rng(seed)
+    prompt_lengths = rng.integers(2, S + 1, P_)
+    lengths = rng.integers(1, T + 1, (P_, G))
+    return Rollouts(
+        prompt_tokens=rng.integers(0, VALID, (P_, S)).astype(np.int32),
+        prompt_lengths=prompt_lengths.astype(np.int32),
+        tokens=rng.integers(0, VALID, (P_, G, T)).astype(np.int32),
+        log_probs=rng.normal(-3, 0.1, (P_, G, T)).astype(np.float32),
+        lengths=lengths.astype(np.int32),
+        finish_reason=np.where(lengths < T, FINISH_EOS, FINISH_LENGTH).astype(np.int32),
+    )
+
+
+def slots(**overrides):
+    settings = {
+        "aggregation": "group-token-mean",
+        "kd_mask": "response",
+        "scale": "group",
+        "baseline": "mean",
+        "use_reward": True,
+        "mask_final_eos": False,
+        "max_new_tokens": T,
+    }
+    return settings | overrides
+
+
+REWARDS = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], np.float32)
+
+
+def make_batch(teacher_seed: int = 1, **overrides):
+    """A batch with random teacher log-probs, on one device."""
+    sampled = rollouts()
+    teacher = np.random.default_rng(teacher_seed).normal(-3, 1, (P_ * G, T)).astype(np.float32)
+    return build_batch(rollout_rows(sampled), sampled, REWARDS, teacher, **slots(**overrides))
+
+
+def hyper(mesh, beta: float = 0.5) -> Hyper:
+    values = Hyper(*map(np.float32, (beta, 0.8, 0.2, 0.2, 0.01)))
+    return jax.device_put(values, replicated(mesh))
+
+
+def one_update(mesh, batch, micro_batches: int = 1, beta: float = 0.5):
+    """Weights after one plain SGD step of size 1, so that their change is −gradient."""
+    optimizer = optax.sgd(1.0)
+    update = make_update(
+        MODEL,
+        optimizer,
+        mesh,
+        kd_estimator="k2",
+        micro_batches=micro_batches,
+        valid_vocab=VALID,
+        chunk=4,
+    )
+    state = init_state(init_params(MODEL, jax.random.key(0), mesh), optimizer, mesh)
+    state, metrics = update(state, put_batch(mesh, batch), hyper(mesh, beta))
+    return jax.device_get(state.params), {k: float(v) for k, v in metrics.items()}
+
+
+@pytest.fixture(scope="module")
+def reference():
+    return one_update(ONE_DEVICE, make_batch())
+
+
+def assert_same(a, b, tolerance: float = 2e-6) -> None:
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance)
+
+
+def differ(a, b) -> bool:
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return any(np.abs(x - y).max() > 1e-4 for x, y in pairs)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 8])
+def test_micro_batch_split_changes_nothing(reference, micro_batches: int) -> None:
+    params, metrics = one_update(ONE_DEVICE, make_batch(), micro_batches)
+    assert_same(params, reference[0])
+    assert metrics == pytest.approx(reference[1], abs=2e-5)
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 2)])
+def test_mesh_changes_nothing(reference, axes) -> None:
+    params, metrics = one_update(make_mesh(*axes), make_batch(), micro_batches=2)
+    assert_same(params, reference[0], 5e-6)
+    assert metrics == pytest.approx(reference[1], abs=5e-5)
+
+
+def test_order_of_groups_changes_nothing(reference) -> None:
+    batch = make_batch()
+    order = np.random.default_rng(3).permutation(P_ * G)
+    params, _ = one_update(ONE_DEVICE, jax.tree.map(lambda x: np.asarray(x)[order], batch))
+    assert_same(params, reference[0])
+
+
+def test_more_padding_changes_nothing(reference) -> None:
+    """Three columns of garbage left of the prompts and two right of the completions."""
+    batch = jax.device_get(make_batch())
+
+    def pad(x, left, fill):
+        shape = (x.shape[0], left), (x.shape[0], 2)
+        return np.concatenate(
+            [np.full(shape[0], fill, x.dtype), x, np.full(shape[1], fill, x.dtype)], axis=1
+        )
+
+    rows = {k: pad(getattr(batch, k), 3, f) for k, f in (("tokens", 7), ("positions", 0))}
+    rows["segment_ids"] = pad(batch.segment_ids, 3, 0)
+    per_token = ("sampler_log_probs", "teacher_log_probs", "advantages", "weights", "kd_weights")
+    rows |= {k: pad(getattr(batch, k), 0, 0) for k in per_token}
+    params, _ = one_update(ONE_DEVICE, dataclasses.replace(batch, **rows))
+    assert_same(params, reference[0])
+
+
+def test_the_teacher_matters(reference) -> None:
+    other, _ = one_update(ONE_DEVICE, make_batch(teacher_seed=2))
+    assert differ(other, reference[0])
+
+
+def test_without_beta_the_teacher_does_not_matter() -> None:
+    a, _ = one_update(ONE_DEVICE, make_batch(), beta=0.0)
+    b, _ = one_update(ONE_DEVICE, make_batch(teacher_seed=2), beta=0.0)
+    sampled = rollouts()
+    no_teacher = build_batch(rollout_rows(sampled), sampled, REWARDS, None, **slots())
+    c, metrics = one_update(ONE_DEVICE, no_teacher, beta=0.5)
+    assert_same(a, b, 0.0)
+    assert_same(a, c)
+    assert "kl/teacher" not in metrics
+
+
+def test_kd_rkl_is_blind_to_rewards() -> None:
+    settings = {"use_reward": False, "kd_mask": "none"}
+    batch = make_batch(**settings)
+    assert not np.any(batch.advantages)
+    assert np.any(batch.kd_weights)
+
+
+def test_rows_put_prompts_left_and_completions_right() -> None:
+    sampled = rollouts()
+    rows = jax.device_get(rollout_rows(sampled))
+    for b in range(P_ * G):
+        p, g = divmod(b, G)
+        n, m = int(sampled.prompt_lengths[p]), int(sampled.lengths[p, g])
+        real = rows.segment_ids[b] == 1
+        expected = np.concatenate([sampled.prompt_tokens[p, S - n :], sampled.tokens[p, g, :m]])
+        np.testing.assert_array_equal(rows.tokens[b][real], expected)
+        np.testing.assert_array_equal(rows.positions[b][real], np.arange(n + m))
+        np.testing.assert_array_equal(np.flatnonzero(real), np.arange(S - n, S + m))
+
+
+def test_final_end_token_is_not_distilled_for_another_end_token() -> None:
+    sampled = rollouts()
+    kept = jax.device_get(make_batch(kd_mask="none"))
+    masked = jax.device_get(make_batch(kd_mask="none", mask_final_eos=True))
+    lengths = sampled.lengths.reshape(-1)
+    ended = sampled.finish_reason.reshape(-1) == FINISH_EOS
+    assert ended.any()
+    assert not ended.all()
+    expected = kept.kd_weights.copy()
+    expected[np.flatnonzero(ended), lengths[ended] - 1] = 0
+    np.testing.assert_array_equal(masked.kd_weights, expected)
+    assert np.isnan(masked.teacher_log_probs).sum() == ended.sum()
+
+
+def test_micro_batches_join_to_what_was_split() -> None:
+    x = jnp.arange(24).reshape(12, 2)
+    assert (join_micro_batches(split_micro_batches(x, 3)) == x).all()
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, make_mesh(2, 2, 2)], ids=["1", "2x2x2"])
+def test_teacher_scores_equal_a_plain_softmax(mesh) -> None:
+    """Chunked, micro-batched and on its own mesh, against NumPy on the whole logits."""
+    params = init_params(MODEL, jax.random.key(5), mesh)
+    rows = jax.device_get(rollout_rows(rollouts()))
+    teacher = Teacher(MODEL, params, mesh, rows=4, valid_vocab=VALID, chunk=3)
+    like = NamedSharding(ONE_DEVICE, P(BATCH_AXES))
+    got = teacher.score(rows, T, jnp.float32(0.7), like)
+    assert got.sharding == like
+    alone = jax.device_put(jax.device_get(params), ONE_DEVICE.devices.flat[0])
+    logits = np.asarray(MODEL.logits(alone, MODEL.apply(alone, *rows)), np.float64)
+    logits = logits[:, -T - 1 : -1, :VALID] / 0.7
+    log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
+    chosen = np.take_along_axis(logits, rows.tokens[:, -T:, None], -1)[..., 0]
+    np.testing.assert_allclose(got, chosen - log_z, atol=1e-4)
+
+
+def test_supervised_gradient_is_cross_entropy() -> None:
+    """The step with all advantages 1 against autodiff of a plain cross-entropy."""
+    examples = [([3, 4, 5], [6, 7, 1]), ([8], [9, 10, 11, 12, 1])]
+    batch = supervised_batch(examples, 4, 6, pad_id=0)
+    optimizer = optax.sgd(1.0)
+    update = make_update(
+        MODEL,
+        optimizer,
+        ONE_DEVICE,
+        kd_estimator="k2",
+        micro_batches=1,
+        valid_vocab=VALID,
+        chunk=16,
+    )
+    params = init_params(MODEL, jax.random.key(0), ONE_DEVICE)
+    before = jax.device_get(params)
+    zero, one = np.float32(0), np.float32(1)
+    flat = jax.device_put(Hyper(zero, one, one, one, zero), replicated(ONE_DEVICE))
+    state = init_state(params, optimizer, ONE_DEVICE)
+    state, _ = update(state, put_batch(ONE_DEVICE, batch), flat)
+
+    def cross_entropy(params):
+        total = 0.0
+        for prompt, completion in examples:
+            ids = jnp.array([prompt + completion])
+            hidden = MODEL.apply(params, ids, jnp.arange(ids.shape[1])[None], jnp.ones_like(ids))
+            logits = MODEL.logits(params, hidden)[0, :-1, :VALID]
+            picked = jax.nn.log_softmax(logits)[jnp.arange(ids.shape[1] - 1), ids[0, 1:]]
+            total -= picked[len(prompt) - 1 :].mean() / len(examples)
+        return total
+
+    expected = jax.tree.map(lambda p, g: p - g, before, jax.grad(cross_entropy)(before))
+    assert_same(jax.device_get(state.params), expected, 1e-5)
+
+
+def test_supervised_training_learns_its_examples() -> None:
+    examples = [([i, 20], [i, i, 1]) for i in range(2, 18)]
+    seen: list[float] = []
+    train_supervised(
+        MODEL,
+        init_params(MODEL, jax.random.key(0), ONE_DEVICE),
+        examples,
+        ONE_DEVICE,
+        steps=150,
+        batch_size=16,
+        learning_rate=2e-2,
+        seed=0,
+        valid_vocab=VALID,
+        pad_id=0,
+        chunk=16,
+        report=seen.append,
+    )
+    assert len(seen) == 150
+    assert seen[0] > 2.5
+    assert seen[-1] < 0.1
+
+
+def test_optimizer_state_is_sharded_as_its_weights() -> None:
+    mesh = make_mesh(1, 4, 2)
+    params = init_params(MODEL, jax.random.key(0), mesh)
+    optimizer = make_optimizer(
+        make_schedule(1e-3, 2, "cosine", 10), b1=0.9, b2=0.99, eps=1e-8, weight_decay=0, clip_norm=1
+    )
+    state = init_state(params, optimizer, mesh)
+    expected = jax.tree.leaves(param_shardings(mesh, params))
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert len(moments) == 2 * len(expected)
+    for moment, sharding in zip(moments, expected * 2, strict=True):
+        assert moment.sharding == sharding
+
+
+def test_learning_rate_schedule() -> None:
+    warm = make_schedule(1.0, 4, "constant", 10)
+    assert [float(warm(i)) for i in range(6)] == pytest.approx([0.25, 0.5, 0.75, 1, 1, 1])
+    cosine = make_schedule(1.0, 0, "cosine", 10)
+    expected = [0.5 * (1 + np.cos(np.pi * i / 10)) for i in range(11)]
+    assert [float(cosine(i)) for i in range(11)] == pytest.approx(expected, abs=1e-6)
