@@ -112,7 +112,7 @@ def get_config() -> ConfigDict:
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the global gradient
     c.micro_batch = 64  # rows per forward/backward, over all devices; changes memory, not results
-    c.logprob_chunk = 512  # tokens per row whose logits exist at once
+    c.logprob_chunk = 2048  # tokens whose logits exist at once, on each device
 
     # --- evaluation, checkpoints, logs ---------------------------------------------------------
     c.eval = ConfigDict()

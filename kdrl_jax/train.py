@@ -25,11 +25,11 @@ from kdrl_jax.data import PromptBatches, pad_prompts
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import beta_schedule
 from kdrl_jax.rewards import Grader
-from kdrl_jax.rollout import RolloutEngine, request_keys
+from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
 from kdrl_jax.sharding import BATCH_AXES, make_mesh, replicated
 from kdrl_jax.training.batch import build_batch, rollout_rows
 from kdrl_jax.training.checkpoints import CheckpointStore
-from kdrl_jax.training.evaluation import completion_texts, evaluate, sampling_params
+from kdrl_jax.training.evaluation import completion_texts, evaluate
 from kdrl_jax.training.metrics import Display, write_atomic
 from kdrl_jax.training.problems import load_run_data, load_run_tokenizer
 from kdrl_jax.training.roles import build_role, check_roles, ends_differently, write_model_files

@@ -9,33 +9,10 @@ import numpy as np
 
 from kdrl_jax.data import Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
-from kdrl_jax.rollout import RolloutEngine, request_keys
-from kdrl_jax.types import FINISH_LENGTH, Params, Problem, Rollouts, SamplingParams, Verdict
+from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
+from kdrl_jax.types import FINISH_LENGTH, Params, Problem, Rollouts, Verdict
 
 EncodedProblem = tuple[Problem, list[int]]
-
-
-def sampling_params(
-    shape: tuple[int, int],
-    stop_ids: Sequence[int],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    min_p: float = 0.0,
-) -> SamplingParams:
-    """The same settings for all [P, G] requests of a call, as device arrays."""
-    return jax.device_put(
-        SamplingParams(
-            temperature=np.float32(temperature),
-            top_p=np.float32(top_p),
-            top_k=np.int32(top_k),
-            min_p=np.float32(min_p),
-            max_new_tokens=np.full(shape, max_new_tokens, np.int32),
-            stop_ids=np.asarray(stop_ids, np.int32),
-        )
-    )
 
 
 def completion_texts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:

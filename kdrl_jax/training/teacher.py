@@ -22,7 +22,7 @@ class Teacher:
       model: the decoder; params: its weights, already in their shards on `mesh`.
       rows: how many rows one forward holds; must divide the rows given.
       valid_vocab: ids the tokenizer knows; the softmax is over these.
-      chunk: tokens per row whose logits exist at once.
+      chunk: tokens whose logits a device holds at once.
     """
 
     def __init__(

@@ -1,0 +1,330 @@
+"""The sampler: against NumPy truncation, enumerated distributions and the full forward pass."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+
+from kdrl_jax.models import Decoder, ModelConfig
+from kdrl_jax.objectives import token_log_probs
+from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
+from kdrl_jax.rollout.sampling import BLOCK, sample, truncate
+from kdrl_jax.sharding import make_mesh, param_shardings
+from kdrl_jax.training.batch import rollout_rows
+from kdrl_jax.training.metrics import CompileCounter
+from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Prompts
+
+CONFIG = ModelConfig(
+    vocab_size=16,
+    hidden_size=16,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_size=32,
+    rope_theta=10_000.0,
+    rope_scaling=None,
+    norm_eps=1e-6,
+    qkv_bias=False,
+    qk_norm=True,
+    tie_embeddings=False,
+    max_positions=64,
+    model_type="qwen3",
+)
+MODEL = Decoder(CONFIG)
+VALID, EOS, BUCKET, LENGTH = 13, 1, 8, 12
+
+
+@pytest.fixture(scope="module")
+def params():
+    return MODEL.init(jax.random.key(3))
+
+
+def engine(**changes):
+    settings = {"valid_vocab": VALID, "prompt_buckets": (BUCKET, 16), "max_new_tokens": LENGTH}
+    return RolloutEngine(MODEL, **(settings | changes))
+
+
+def left_padded(count, bucket=BUCKET, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, bucket + 1, count).astype(np.int32)
+    tokens = np.zeros((count, bucket), np.int32)
+    for row, n in zip(tokens, lengths, strict=True):
+        row[bucket - n :] = rng.integers(2, VALID, n)
+    return Prompts(tokens, lengths)
+
+
+def settings(shape, stop_ids=(EOS,), temperature=1.0, max_new_tokens=LENGTH, **changes):
+    return sampling_params(
+        shape, stop_ids, max_new_tokens=max_new_tokens, temperature=temperature, **changes
+    )
+
+
+# --- one token ------------------------------------------------------------------------------
+
+
+def numpy_truncate(p, top_p=1.0, top_k=0, min_p=0.0):
+    """By sorting: top-k, then top-p of what is left, then min-p."""
+    keep = np.zeros(len(p), bool)
+    order = np.argsort(-p, kind="stable")
+    order = order[:top_k] if top_k else order
+    if top_p < 1:
+        mass = np.cumsum(p[order]) / p[order].sum()
+        order = order[: int(np.searchsorted(mass, top_p)) + 1]
+    keep[order] = True
+    return np.where(keep & (p >= min_p * p.max()), p, 0.0)
+
+
+@pytest.mark.parametrize(
+    "rules",
+    [
+        {},
+        {"top_k": 5},
+        {"top_k": 1},
+        {"top_k": 10_000},
+        {"top_p": 0.9},
+        {"top_p": 0.05},
+        {"min_p": 0.2},
+        {"top_k": 9, "top_p": 0.7},
+        {"top_k": 20, "top_p": 0.95, "min_p": 0.1},
+    ],
+    ids=str,
+)
+def test_truncation_against_sorting(rules):
+    rng = np.random.default_rng(1)
+    probs = rng.dirichlet(np.full(1100, 0.02), (3, 2)).astype(np.float32)
+    found = np.asarray(truncate(jnp.asarray(probs), settings((3, 2), **rules)))
+    for index in np.ndindex(3, 2):
+        np.testing.assert_array_equal(found[index], numpy_truncate(probs[index], **rules))
+
+
+def test_tied_tokens_stay_together():
+    probs = jnp.asarray([[[0.3, 0.2, 0.2, 0.2, 0.1]]])
+    kept = truncate(probs, settings((1, 1), top_k=2))
+    np.testing.assert_array_equal(np.asarray(kept) > 0, [[[1, 1, 1, 1, 0]]])
+
+
+@pytest.mark.parametrize("vocab", [11, BLOCK * 3 + 7], ids=["one level", "two levels"])
+@pytest.mark.parametrize("rules", [{}, {"top_p": 0.8}, {"top_k": 4, "min_p": 0.05}], ids=str)
+def test_draws_follow_the_distribution(vocab, rules):
+    """Chi-square of 20 000 draws; the tokens that matter lie in different blocks."""
+    rng = np.random.default_rng(vocab)
+    valid, draws, temperature = vocab - 2, 20_000, 0.7
+    logits = np.full(vocab, -8.0, np.float32)
+    heavy = np.linspace(0, valid - 1, 8).astype(int)
+    logits[heavy] = rng.normal(0, 1, 8)
+    logits[valid:] = 5.0  # of no token; must never be drawn
+    keys = jax.random.split(jax.random.key(0), (draws, 1))
+    tokens, log_probs = sample(
+        jnp.broadcast_to(jnp.asarray(logits), (draws, 1, vocab)),
+        keys,
+        settings((draws, 1), temperature=temperature, **rules),
+        valid_vocab=valid,
+    )
+    scaled = logits[:valid].astype(np.float64) / temperature
+    full = np.exp(scaled - np.logaddexp.reduce(scaled))
+    expected = numpy_truncate(full, **rules)
+    expected = np.pad(expected / expected.sum(), (0, vocab - valid)) * draws
+    counts = np.bincount(np.asarray(tokens).ravel(), minlength=vocab)
+    assert counts[expected == 0].sum() == 0
+    rare = (expected > 0) & (expected < 5)
+    seen, wanted = [counts[expected >= 5]], [expected[expected >= 5]]
+    if rare.any():
+        seen, wanted = [*seen, [counts[rare].sum()]], [*wanted, [expected[rare].sum()]]
+    p_value = scipy.stats.chisquare(np.concatenate(seen), np.concatenate(wanted)).pvalue
+    assert p_value > 1e-3
+    # The log-prob is of the whole distribution, not of what truncation left.
+    np.testing.assert_allclose(
+        np.asarray(log_probs).ravel(), np.log(full)[np.asarray(tokens).ravel()], rtol=1e-4
+    )
+
+
+def test_draws_at_the_ends_of_the_cdf():
+    """No weight, no draw: not at uniform 0, and not beyond the last token that has weight."""
+    from kdrl_jax.rollout.sampling import _invert
+
+    weights = jnp.asarray([[[0.0, 0.25, 0.0, 0.75, 0.0]]])
+    found = [int(_invert(weights, jnp.full((1, 1), u))[0, 0]) for u in (0.0, 0.2, 0.3, 0.9999999)]
+    assert found == [1, 1, 3, 3]
+    assert int(_invert(weights, jnp.full((1, 1), 1.0))[0, 0]) == 3
+
+
+# --- whole completions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0.0])
+def test_log_probs_are_those_of_the_full_forward(params, temperature):
+    prompts, shape = left_padded(4), (4, 3)
+    keys = request_keys(0, 5, range(4), 3)
+    out = engine().generate(params, prompts, keys, settings(shape, temperature=temperature))
+    rows = rollout_rows(out)
+    hidden = MODEL.apply(params, *rows)[:, -LENGTH - 1 : -1]
+    log_probs, _ = token_log_probs(
+        hidden,
+        MODEL.head(params),
+        rows.tokens[:, -LENGTH:],
+        temperature=temperature or 1.0,
+        valid_vocab=VALID,
+    )
+    mask = np.arange(LENGTH) < np.asarray(out.lengths)[..., None]
+    expected = np.where(mask, np.asarray(log_probs).reshape(mask.shape), 0.0)
+    np.testing.assert_allclose(np.asarray(out.log_probs), expected, atol=1e-4)
+    assert not np.asarray(out.tokens)[~mask].any()
+    if temperature == 0:  # every token is the likeliest one of the full forward
+        logits = np.asarray(MODEL.logits(params, hidden))[..., :VALID]
+        best = logits.argmax(-1).reshape(mask.shape)
+        np.testing.assert_array_equal(np.asarray(out.tokens)[mask], best[mask])
+
+
+def test_ends_and_limits(params):
+    """Either an end token, kept, at the end and nowhere before; or the request's own maximum."""
+    prompts, shape = left_padded(6, seed=2), (6, 8)
+    limits = np.random.default_rng(0).integers(1, LENGTH + 1, shape).astype(np.int32)
+    limits[0, 0] = LENGTH + 50  # counts as LENGTH
+    stops = (EOS, 5)
+    sampling = dataclasses.replace(settings(shape, stops), max_new_tokens=jnp.asarray(limits))
+    out = jax.device_get(
+        engine().generate(params, prompts, request_keys(1, 0, range(6), 8), sampling)
+    )
+    assert {FINISH_EOS, FINISH_LENGTH} == set(out.finish_reason.ravel().tolist())
+    for index in np.ndindex(shape):
+        n = out.lengths[index]
+        body, last = out.tokens[index][: n - 1], out.tokens[index][n - 1]
+        assert not np.isin(body, stops).any()
+        if out.finish_reason[index] == FINISH_EOS:
+            assert last in stops
+            assert n <= min(limits[index], LENGTH)
+        else:
+            assert last not in stops
+            assert n == min(limits[index], LENGTH)
+    assert out.tokens.max() < VALID
+
+
+def test_distribution_of_whole_sequences(params):
+    """Two sampled tokens against the enumeration of all pairs by the full forward (chi-square)."""
+    prompts, samples = left_padded(1, seed=4), 6000
+    sampling = settings((1, samples), stop_ids=(-1,), max_new_tokens=2)
+    out = engine(max_new_tokens=2).generate(
+        params, prompts, request_keys(0, 0, [0], samples), sampling
+    )
+    pairs = np.array(list(itertools.product(range(VALID), repeat=2)), np.int32)
+    prompt = prompts.tokens[0, BUCKET - prompts.lengths[0] :]
+    tokens = np.concatenate([np.tile(prompt, (len(pairs), 1)), pairs], axis=1)
+    positions = np.broadcast_to(np.arange(tokens.shape[1]), tokens.shape)
+    logits = MODEL.logits(params, MODEL.apply(params, tokens, positions, np.ones_like(tokens)))
+    log_p = np.asarray(jax.nn.log_softmax(logits[:, -3:-1, :VALID], axis=-1))
+    probs = np.exp(np.take_along_axis(log_p, pairs[..., None], axis=-1).sum((1, 2)))
+    np.testing.assert_allclose(probs.sum(), 1, rtol=1e-5)
+    counts = np.zeros(len(pairs))
+    np.add.at(counts, np.asarray(out.tokens)[0] @ [VALID, 1], 1)
+    common = probs * samples >= 5
+    seen = np.append(counts[common], counts[~common].sum())
+    wanted = np.append(probs[common], probs[~common].sum()) * samples
+    assert common.sum() > 20
+    assert scipy.stats.chisquare(seen, wanted * seen.sum() / wanted.sum()).pvalue > 1e-3
+
+
+def test_a_request_does_not_depend_on_its_neighbours(params):
+    """Alone, in another order, in a larger group or in another bucket: the same tokens."""
+    prompts, make = left_padded(5, seed=6), engine()
+    whole = make.generate(params, prompts, request_keys(2, 3, range(5), 4), settings((5, 4)))
+    order = np.array([3, 1])
+    some = Prompts(prompts.tokens[order], prompts.lengths[order])
+    part = make.generate(params, some, request_keys(2, 3, order, 6), settings((2, 6)))
+    wide = Prompts(np.pad(some.tokens, [(0, 0), (8, 0)]), some.lengths)
+    padded = make.generate(params, wide, request_keys(2, 3, order, 6), settings((2, 6)))
+    np.testing.assert_array_equal(np.asarray(part.tokens)[:, :4], np.asarray(whole.tokens)[order])
+    np.testing.assert_array_equal(part.tokens, padded.tokens)
+    # Other steps, problems, samples and seeds draw otherwise.
+    keys = [request_keys(s, step, [p], 2) for s, step, p in [(0, 0, 0), (1, 0, 0), (0, 1, 0)]]
+    keys = np.concatenate([jax.random.key_data(k).reshape(-1, 2) for k in keys])
+    assert len(np.unique(keys, axis=0)) == 6
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)], ids=str)
+def test_sharded_equals_one_device(params, shape):
+    prompts, keys = left_padded(8, seed=8), request_keys(0, 1, range(8), 2)
+    one = engine().generate(params, prompts, keys, settings((8, 2)))
+    mesh = make_mesh(*shape)
+    split = jax.device_put(params, param_shardings(mesh, params))
+    many = engine(mesh=mesh).generate(split, prompts, keys, settings((8, 2)))
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+    np.testing.assert_allclose(one.log_probs, many.log_probs, atol=1e-5)
+
+
+def test_batch_that_the_mesh_does_not_divide(params):
+    mesh = make_mesh(2, 2, 2)
+    split = jax.device_put(params, param_shardings(mesh, params))
+    prompts, keys = left_padded(3), request_keys(0, 1, range(3), 2)
+    many = engine(mesh=mesh).generate(split, prompts, keys, settings((3, 2)))
+    one = engine().generate(params, prompts, keys, settings((3, 2)))
+    np.testing.assert_array_equal(one.tokens, many.tokens)
+
+
+def test_nothing_recompiles_for_new_values(params):
+    make, prompts = engine(), left_padded(4)
+    counter = CompileCounter()
+
+    def call(step, **changes):
+        keys = request_keys(step, step, np.arange(4) + step, 2)
+        return make.generate(params, left_padded(4, seed=step), keys, settings((4, 2), **changes))
+
+    jax.block_until_ready(call(0))
+    before = counter.count
+    assert before > 0
+    for step, changes in enumerate(
+        [{"temperature": 0.3}, {"temperature": 0.0}, {"top_p": 0.5}, {"top_k": 3}, {"min_p": 0.1}]
+    ):
+        jax.block_until_ready(call(step + 1, **changes))
+    assert counter.count == before
+    wide = Prompts(np.pad(prompts.tokens, [(0, 0), (8, 0)]), prompts.lengths)
+    jax.block_until_ready(
+        make.generate(params, wide, request_keys(0, 0, range(4), 2), settings((4, 2)))
+    )
+    assert counter.count > before  # the second bucket is a program of its own
+
+
+class Spy:
+    """A decoder that records what is traced and counts what runs."""
+
+    def __init__(self):
+        self.prefilled, self.decoded = [], []
+
+    def __getattr__(self, name):
+        return getattr(MODEL, name)
+
+    def prefill(self, params, tokens, *rest):
+        self.prefilled.append(tokens.shape)
+        return MODEL.prefill(params, tokens, *rest)
+
+    def decode(self, params, tokens, *rest):
+        jax.debug.callback(lambda: self.decoded.append(1))
+        return MODEL.decode(params, tokens, *rest)
+
+
+def test_one_prefill_per_prompt_and_early_exit(params):
+    spy = Spy()
+    make = RolloutEngine(spy, valid_vocab=VALID, prompt_buckets=(BUCKET,), max_new_tokens=LENGTH)
+    prompts, keys = left_padded(2), request_keys(0, 0, range(2), 5)
+    out = make.generate(params, prompts, keys, settings((2, 5), max_new_tokens=4, stop_ids=(-1,)))
+    jax.block_until_ready(out)
+    jax.effects_barrier()
+    assert spy.prefilled == [(2, BUCKET)]  # not 10 rows
+    assert np.asarray(out.lengths).tolist() == [[4] * 5] * 2
+    assert len(spy.decoded) == 3  # the first token comes from the prefill; then three, not eleven
+
+
+def test_wrong_shapes_are_refused(params):
+    prompts = left_padded(2)
+    with pytest.raises(ValueError, match="no bucket"):
+        engine(prompt_buckets=(32,)).generate(
+            params, prompts, request_keys(0, 0, range(2), 2), settings((2, 2))
+        )
+    with pytest.raises(ValueError, match=r"must be \[P, G\]"):
+        engine().generate(params, prompts, request_keys(0, 0, range(3), 2), settings((3, 2)))
