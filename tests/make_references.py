@@ -1,14 +1,17 @@
 """Record the logits of `transformers` (torch, CPU, fp32) for the cases of `model_cases.py`.
 
-    python tests/make_references.py
+    python tests/make_references.py [SMOLLM2_FOLDER]
 
 Each segment is run by itself, without padding or packing, so that the recorded logits owe nothing
-to any masking. The file keeps every third token of each row, and RoPE frequencies.
+to any masking. The file keeps every third token of each row, and RoPE frequencies. With a folder
+that `launch/smollm2.py` wrote it also records that model's likeliest tokens; without, what the
+file holds of them is kept.
 """
 
 from __future__ import annotations
 
 import copy
+import sys
 
 import numpy as np
 import torch
@@ -19,6 +22,7 @@ from model_cases import (
     PLACES,
     REFERENCES,
     ROPE_CASES,
+    SMOLLM2_TEXTS,
     STRIDE,
     VOCAB,
     random_tensors,
@@ -59,9 +63,32 @@ def torch_frequencies(config: dict) -> np.ndarray:
     return np.append(rotary.inv_freq.numpy(), np.float32(rotary.attention_scaling))
 
 
+@torch.no_grad()
+def smollm2_record(folder: str, keep: int = 5) -> dict[str, np.ndarray]:
+    """For each text its ids, and at each of them the likeliest next tokens and their logits."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+    out = {}
+    for i, text in enumerate(SMOLLM2_TEXTS):
+        ids = torch.tensor(tokenizer(text)["input_ids"])
+        logits = model.float().eval()(input_ids=ids[None]).logits[0]
+        best = logits.topk(keep)
+        out |= {
+            f"smollm2/{i}/ids": ids.numpy().astype(np.int32),
+            f"smollm2/{i}/top": best.indices.numpy().astype(np.int32),
+            f"smollm2/{i}/logits": best.values.numpy(),
+            f"smollm2/{i}/logsumexp": logits.logsumexp(-1).numpy(),
+        }
+    return out
+
+
 if __name__ == "__main__":
     arrays = {name: torch_logits(torch_model(c))[:, ::STRIDE] for name, c in CASES.items()}
     arrays |= {f"rope/{name}": torch_frequencies(c) for name, c in ROPE_CASES.items()}
+    if len(sys.argv) > 1:
+        arrays |= smollm2_record(sys.argv[1])
+    elif REFERENCES.exists():
+        arrays |= {k: v for k, v in np.load(REFERENCES).items() if k.startswith("smollm2/")}
     np.savez_compressed(REFERENCES, **arrays)
     print(f"{REFERENCES.name}: {REFERENCES.stat().st_size / 1e3:.0f} KB")
     print(f"torch {torch.__version__}, transformers {transformers.__version__}")

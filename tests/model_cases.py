@@ -142,6 +142,16 @@ ROPE_CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# What `references.npz` holds SmolLM2-135M-Instruct's likeliest tokens for.
+SMOLLM2_TEXTS = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n<|im_start|>user\nWhat is 2+3?<|im_end|>\n<|im_start|>assistant\n2 + 3 = 5",
+    "The sum of the first n odd numbers is n^2: 1 + 3 = 4, 1 + 3 + 5 = 9, and 1 + 3 + 5 + 7 = 16. "
+    "Die Hauptstadt von Frankreich ist Paris, and \\boxed{42} is 6 * 7.\n\n"
+    "def square(x):\n    return x * x\n",
+)
+
+
 def tensor_shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors of a checkpoint, as `transformers` saves them."""
     d, f, n = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]

@@ -8,28 +8,50 @@ themselves checked against finite differences; no autodiff on that side.
 Mutations of kdrl_jax/objectives, each applied alone by hand; the tests that then failed (one of
 them named, of this file unless another is given):
 
-    kdrl: sign of the policy term                    test_clipping_stops_the_gradient_on_its_own_side
-    kdrl: sign of the distillation term              test_joint_gradient_is_that_of_reward_minus_kl
-    kdrl: log-ratio to the teacher negated           test_joint_gradient_is_that_of_reward_minus_kl
-    policy: importance ratio inverted                test_clipping_stops_the_gradient_on_its_own_side
-    policy: min of clipped and free turned into max  test_clipping_stops_the_gradient_on_its_own_side
-    policy: clip-low and clip-high swapped           test_clipping_stops_the_gradient_on_its_own_side
-    divergences: gradient through the ratio of k2    test_joint_gradient_is_that_of_reward_minus_kl
-    divergences: k2 without the off-policy ratio     test_joint_gradient_is_that_of_reward_minus_kl
-    divergences: sign of the exponent in k3          test_off_policy
-    divergences: k1 as a plain loss                  test_another_teacher_gives_another_gradient
-    kdrl: weights ignored in the policy term         test_clipping_stops_the_gradient_on_its_own_side
-    kdrl: weights in place of kd_weights             test_masks_split_the_two_terms
-    kdrl: kd_weights in place of weights             test_masks_split_the_two_terms
-    kdrl: teacher read where beta is 0               test_kdrl_loss.py::test_without_teacher_and_beta_zero_are_grpo
-    weights: response mask inverted                  test_objectives.py::test_kd_weights_literal
-    weights: group mask asks for all right, not any  test_objectives.py::test_kd_weights_literal
-    weights: padding gets weight                     test_objectives.py::test_rows_that_fill_a_batch_up_change_nothing
-    kdrl: sign of the entropy bonus                  test_kdrl_loss.py::test_gradient_flows_through_log_probs_and_entropy_alone
-    advantages: sign                                 test_objectives.py::test_advantages_against_loops
-    advantages: groups of equal rewards not zeroed   test_objectives.py::test_equal_rewards_teach_exactly_nothing
-    logprobs: sign of the entropy gradient           test_logprobs.py::test_gradients
-    logprobs: valid_vocab ignored                    test_logprobs.py::test_gradients
+    kdrl: sign of the policy term
+        test_clipping_stops_the_gradient_on_its_own_side
+    kdrl: sign of the distillation term
+        test_joint_gradient_is_that_of_reward_minus_kl
+    kdrl: log-ratio to the teacher negated
+        test_joint_gradient_is_that_of_reward_minus_kl
+    policy: importance ratio inverted
+        test_clipping_stops_the_gradient_on_its_own_side
+    policy: min of clipped and free turned into max
+        test_clipping_stops_the_gradient_on_its_own_side
+    policy: clip-low and clip-high swapped
+        test_clipping_stops_the_gradient_on_its_own_side
+    divergences: gradient through the ratio of k2
+        test_joint_gradient_is_that_of_reward_minus_kl
+    divergences: k2 without the off-policy ratio
+        test_joint_gradient_is_that_of_reward_minus_kl
+    divergences: sign of the exponent in k3
+        test_off_policy
+    divergences: k1 as a plain loss
+        test_another_teacher_gives_another_gradient
+    kdrl: weights ignored in the policy term
+        test_clipping_stops_the_gradient_on_its_own_side
+    kdrl: weights in place of kd_weights
+        test_masks_split_the_two_terms
+    kdrl: kd_weights in place of weights
+        test_masks_split_the_two_terms
+    kdrl: teacher read where beta is 0
+        test_kdrl_loss.py::test_without_teacher_and_beta_zero_are_grpo
+    weights: response mask inverted
+        test_objectives.py::test_kd_weights_literal
+    weights: group mask asks for all right, not any
+        test_objectives.py::test_kd_weights_literal
+    weights: padding gets weight
+        test_objectives.py::test_rows_that_fill_a_batch_up_change_nothing
+    kdrl: sign of the entropy bonus
+        test_kdrl_loss.py::test_gradient_flows_through_log_probs_and_entropy_alone
+    advantages: sign
+        test_objectives.py::test_advantages_against_loops
+    advantages: groups of equal rewards not zeroed
+        test_objectives.py::test_equal_rewards_teach_exactly_nothing
+    logprobs: sign of the entropy gradient
+        test_logprobs.py::test_gradients
+    logprobs: valid_vocab ignored
+        test_logprobs.py::test_gradients
 
 Two more are equivalent and fail nothing: masking the log-ratio after the subtraction in place of
 before it, and freezing the old log-probs at only one of the two places that do.

@@ -168,6 +168,8 @@ def save_hf(
             config = model.config.to_hf() | special | {"torch_dtype": stored}
             _write_json(partial / "config.json", config)
             _write_json(partial / "generation_config.json", special)
+            for file in partial.glob("*.safetensors"):  # which safetensors leaves 0600
+                shutil.copymode(partial / "config.json", file)
             for file in tokenizer:
                 shutil.copyfile(file, partial / file.name)
             _replace_folder(partial, folder.absolute())
@@ -285,6 +287,7 @@ def _load_sharded(
         else:
             block[...] = row.read(sources[0], index)
         arrays += [jax.device_put(block, device) for device in devices]
+        jax.block_until_ready(arrays)  # or transfers queue up, each holding its block
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 

@@ -16,7 +16,7 @@ which split it belongs to.
 import random
 import zlib
 
-from kdrl_jax.types import Problem
+from kdrl_jax.types import Problem, UserError
 
 SPLITS = ("train", "test")
 TEST_SHARE = 10  # one text in TEST_SHARE belongs to the test split
@@ -39,7 +39,7 @@ def problems(
     max_operand: largest number after the first one; the smallest is 1.
     max_value: largest running value, the first number included.
 
-    Raises ValueError for arguments out of range and for a space with too few different problems.
+    Raises ValueError for arguments out of range, UserError for more problems than there are.
     """
     if split not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
@@ -59,7 +59,10 @@ def problems(
         if text in found or split_of(text) != split:
             misses += 1
             if misses > MAX_MISSES:
-                raise ValueError(f"only {len(found)} different {split} problems, {count} wanted")
+                raise UserError(
+                    f"arithmetic: {count} different {split} problems wanted, {len(found)} found; "
+                    "lower data.size or eval.problems"
+                )
             continue
         misses = 0
         found[text] = Problem(

@@ -15,7 +15,8 @@ class Task:
 
     problems: `(count, seed, split='train' | 'test') -> list[Problem]`, splits disjoint.
     solution: the worked response to a problem, without the end token.
-    alphabet: every character that problems and solutions are written with.
+    alphabet: the characters that problems and solutions are written with, apart from the pieces
+      `<think>`, `</think>`, `\\boxed{` and `}`, which the embedded tokenizer always has.
     """
 
     problems: Callable[..., list[Problem]]
