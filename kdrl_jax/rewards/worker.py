@@ -1,0 +1,166 @@
+"""A process that compares two answers with math-verify. Started by `pool`, never imported by it.
+
+It runs as a script and imports the standard library and math-verify alone, so that it starts in
+about a second and holds neither JAX nor a device. One JSON request a line on stdin, one JSON reply
+a line on stdout: `[gold, answer]` -> "correct" | "wrong" | "unparsable".
+
+math-verify's own timeouts stay off: they need SIGALRM, which does not interrupt long C calls. The
+parent kills this process instead. Everything here is therefore free to hang or to die.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import signal
+import sys
+from typing import Any
+
+MEMORY_BYTES = 4 << 30
+MAX_DIGITS = 1e5  # of a number that is still evaluated
+MAX_NODES = 5000  # of an expression that is still looked at
+
+
+def limit_memory() -> None:
+    try:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    except (ImportError, OSError, ValueError):
+        pass  # not on this system: the parent's timeout is all there is
+
+
+def limit_cpu(seconds: float) -> None:
+    """The kernel ends this process after `seconds` more, even if its parent is no longer there."""
+    try:
+        import resource
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        until = math.ceil(used.ru_utime + used.ru_stime + seconds) + 1
+        _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+        resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def no_gmpy() -> None:
+    """A huge power in gmpy2 aborts the process or ignores signals; Python's integers raise."""
+    os.environ["SYMPY_GROUND_TYPES"] = "python"
+    os.environ["MPMATH_NOGMPY"] = "1"
+    for name in ("gmpy2", "flint"):
+        sys.modules[name] = None  # type: ignore[assignment]  # makes `import gmpy2` fail
+
+
+def compare(gold: str, answer: str) -> str:
+    """Outcome of one comparison; both are LaTeX without dollar signs or box."""
+    golds, answers = read(gold), read(answer)
+    if any(type(g) is type(a) and g == a for g, a in itertools.product(golds, answers)):
+        return "correct"  # the same text or, before anything is evaluated, the same expression
+    values = [a for a in answers if not isinstance(a, str) and not too_large(a)]
+    if not values:
+        return "unparsable"
+    # A gold answer that cannot be read is not the response's fault: it is merely not equal.
+    golds = [g for g in golds if not isinstance(g, str) and not too_large(g)]
+    return "correct" if any(equal(g, a) for g, a in itertools.product(golds, values)) else "wrong"
+
+
+def read(text: str) -> list[Any]:
+    """SymPy readings of `text`, then its normalised text; possibly empty.
+
+    Only the LaTeX grammar is used: math-verify's other reader passes text to SymPy's `parse_expr`,
+    which evaluates Python.
+    """
+    from math_verify import LatexExtractionConfig, parse
+
+    found = []
+    for form in dict.fromkeys((scientific(text), text)):
+        boxed = f"\\boxed{{{form}}}"
+        found += parse(boxed, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+    return found
+
+
+def scientific(text: str) -> str:
+    r"""`1.2e-8` as `1.2 \times 10^{-8}`: LaTeX's reading is 1.2·e − 8, which stays a second one."""
+    pattern = r"(?<![\w.\\])(\d+\.?\d*|\.\d+)[eE]([+-]?\d{1,3})(?![\w.])"
+    return re.sub(pattern, r"\1 \\times 10^{\2}", text)
+
+
+def equal(gold: Any, answer: Any) -> bool:
+    from math_verify import verify
+
+    try:
+        return verify(gold, answer, timeout_seconds=None) and not tiny_but_different(gold, answer)
+    except MemoryError:
+        os._exit(1)  # what was allocated may not be coherent any more
+    except Exception:
+        return False
+
+
+def tiny_but_different(gold: Any, answer: Any) -> bool:
+    """Different numbers that math-verify takes as equal since both round to 0 at 6 decimals."""
+    if not (getattr(gold, "is_number", False) and getattr(answer, "is_number", False)):
+        return False
+    g, a = complex(gold.doit().evalf()), complex(answer.doit().evalf())
+    return max(abs(g), abs(a)) < 1e-3 and abs(g - a) > 1e-5 * max(abs(g), abs(a))
+
+
+def too_large(expression: Any) -> bool:
+    """Whether evaluating would build a number of more than MAX_DIGITS digits.
+
+    A cheap bound for the obvious (9^{9^{9}}, (10^6)!); what it misses runs into the timeout.
+    """
+    budget = itertools.count()
+
+    def digits(e: Any) -> float:
+        """An upper bound of log10 |e|, roughly; inf beyond the limits."""
+        if next(budget) > MAX_NODES:
+            return math.inf
+        inside = [digits(arg) for arg in getattr(e, "args", ())]
+        name = type(e).__name__.lower()
+        if getattr(e, "is_Rational", False):
+            total = math.log10(max(abs(e.p), e.q))
+        elif getattr(e, "is_Float", False):
+            total = abs(e._mpf_[2] + e._mpf_[3]) * math.log10(2)  # binary exponent, bit count
+        elif name == "pow" and e.args[1].is_number:
+            x = e.args[1]
+            size = math.log10(abs(x.p) / x.q) if x.is_Rational and x.p else inside[1]
+            total = max(inside[0], 0.3) * power_of_ten(size)
+        elif "factorial" in name:
+            total = power_of_ten(max(inside)) * max(max(inside), 1)
+        else:
+            total = sum(inside)
+        return total if total < MAX_DIGITS else math.inf
+
+    return digits(expression) > MAX_DIGITS
+
+
+def power_of_ten(digits: float) -> float:
+    return 10.0 ** min(digits, 300)
+
+
+def main() -> None:
+    timeout_s = float(sys.argv[1])
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    limit_memory()
+    no_gmpy()
+    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints is no reply
+    logging.disable(logging.CRITICAL)
+    compare("\\frac{1}{2}", "0.5+x")  # loads the grammar before the clock of a request runs
+    from sympy.external.gmpy import GROUND_TYPES
+
+    loaded = sorted(name for name, module in sys.modules.items() if module and "." not in name)
+    hello = {"ground_types": GROUND_TYPES, "modules": loaded}
+    print(json.dumps(hello), file=replies, flush=True)
+    for line in sys.stdin:
+        limit_cpu(timeout_s)
+        gold, answer = json.loads(line)
+        print(json.dumps(compare(gold, answer)), file=replies, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,395 @@
+r"""Rewards: format, the last box, equivalences, and workers that hang, crash or do not start."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from kdrl_jax.rewards import Grader, grade, has_format, last_boxed
+from kdrl_jax.rewards.math_answer import clean, quick_verdict
+from kdrl_jax.types import OUTCOMES, Verdict
+
+ROOT = Path(__file__).parents[1]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def response(answer: str) -> str:
+    return f"<think>some thought</think>\nSo it is \\boxed{{{answer}}}."
+
+
+@pytest.fixture(scope="module")
+def grader() -> Iterator[Grader]:
+    with Grader(workers=1, timeout_s=20.0, require_format=True) as shared:
+        yield shared
+
+
+# --- Format and the last box -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<think>a</think>\\boxed{1}", True),
+        ("\n <think>a\nb</think>\n\nHence $\\boxed{1}$. Done", True),
+        ("a</think>\\boxed{1}", True),  # the template ended the prompt with <think>
+        ("<think></think>\\boxed{}", True),
+        ("\\boxed{1}", False),
+        ("<think>\\boxed{1}</think>", False),
+        ("<think>a</think>1", False),
+        ("<think>a</think>\\boxed{1", False),
+        ("<think>a \\boxed{1}", False),
+        ("well <think>a</think>\\boxed{1}", False),
+        ("<think>a<think>b</think>\\boxed{1}", False),
+        ("<think>a</think>b</think>\\boxed{1}", False),
+        ("<think>a</think><think>b</think>\\boxed{1}", False),
+        ("<think>a</think>\\boxed{1}<think>", False),
+        ("</think><think>\\boxed{1}", False),
+        ("", False),
+    ],
+)
+def test_has_format(text: str, expected: bool) -> None:
+    assert has_format(text) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("\\boxed{1} and \\boxed{2}", "2"),
+        ("\\boxed{\\frac{1}{\\sqrt{2}}} }", "\\frac{1}{\\sqrt{2}}"),
+        ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
+        ("\\boxed{a \\\\{b}}", "a \\\\{b}"),
+        ("\\boxed{1} \\boxed{2", None),
+        ("\\boxed{x = \\boxed{5}}", "5"),
+        ("\\boxed{1} \\fbox{2}", "2"),
+        ("\\fbox{1} \\boxed {2}", "2"),
+        ("\\boxed 7.", "7"),
+        ("$\\boxed 7$", "7"),
+        ("\\boxed{3} \\boxedminipage{4}", "3"),
+        ("\\boxed{ }", ""),
+        ("\\boxed", None),
+        ("boxed{1}", None),
+        ("", None),
+    ],
+)
+def test_last_boxed(text: str, expected: str | None) -> None:
+    assert last_boxed(text) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 300_000,
+        "\\boxed{" + "{" * 2_000_000,
+        "\\boxedx" * 300_000,
+        "<think>" * 300_000,
+        "</think>" * 300_000,
+        "<think></think>\\boxed{" + "\\" * 2_000_001,
+        "<think></think>\\boxed{" + "1 ^ \\, ~" * 200_000 + "}",
+        "<think></think>\\boxed{\\text{" + "a " * 1_000_000 + "}}",
+        "<think></think>\\boxed{" + "9" * 2_000_000 + "}",
+    ],
+    ids=range(9),
+)
+def test_huge_texts_take_linear_time(text: str) -> None:
+    started = time.perf_counter()
+    assert grade(text, "9" * 10).reward == 0
+    assert time.perf_counter() - started < 3
+
+
+# --- Equivalences ------------------------------------------------------------------------------
+
+# fmt: off
+SAME = [
+    ("\\frac{1}{2}", "0.5"), ("\\frac{1}{2}", "\\dfrac12"), ("1/2", "\\tfrac{2}{4}"),
+    ("-\\frac{12}{5}", "-2.4"), ("\\frac{1}{3}", "0.3333333"), ("1234", "1,234"),
+    ("1234", "1{,}234"), ("1000000", "1\\,000\\,000"), ("025", "25"),
+    ("1.24e-8", "1.24 \\times 10^{-8}"), ("1e11", "10^{11}"), ("2e-1", "-1+2e"),
+    ("90", "90^\\circ"), ("10", "10 \\text{ cm}"), ("10", "$10$"), ("\\$10", "10"), ("50", "50\\%"),
+    ("0.5", "50\\%"), ("5", "5 apples"), ("\\{1,2\\}", "\\{2,1\\}"), ("-2,1", "1,-2"),
+    ("2,-2", "\\pm 2"), ("(1,2)", "( 1 , 2 )"), ("(15,-29)", "(15.0,-29)"), ("[1,2)", "[1.0, 2)"),
+    ("(-\\infty,2)\\cup(3,\\infty)", "(3,\\infty)\\cup(-\\infty,2)"), ("x<3", "(-\\infty,3)"),
+    ("x=5", "5"), ("5", "x=5"), ("(x+1)^2", "x^2+2x+1"), ("\\sqrt{8}", "2\\sqrt2"),
+    ("6+9i", "9i+6"), ("1024", "2^{10}"), ("2516_8", "2516_{8}"), ("\\text{Evelyn}", "Evelyn"),
+    ("Evelyn", "\\mathrm{evelyn}"), ("\\text{A}", "A"), ("A", "\\text{(A)}"),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}"),
+    (
+        "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}",
+        "\\begin{pmatrix} 1 \\\\ \\frac{4}{2}\\end{pmatrix}",
+    ),
+    ("3\\pi", "3π"), ("-5", "−5"),
+    ("\\begin{pmatrix}1\\\\(2)\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    ("2^{1000000}", "$2^{1000000}$."), ("\\{2^{1000000},x\\}", "\\{x,2^{1000000}\\}"),
+]
+# fmt: on
+
+# fmt: off
+DIFFERENT = [
+    ("\\frac{1}{2}", "0.51"), ("\\frac{1}{3}", "0.333"), ("57", "58"),
+    ("1 \\frac{1}{2}", "\\frac{11}{2}"), ("1.24e-8", "1.25e-8"), ("1.24e-8 x", "1.25e-8 x"),
+    ("\\frac{1.24}{10^8}", "\\frac{1.25}{10^8}"), ("0", "1\\,000"), ("(1,2)", "(2,1)"),
+    ("[1,2)", "(1,2]"), ("[1,2]", "(1,2)"), ("\\{1,2\\}", "\\{1,3\\}"), ("x<3", "(-\\infty,3]"),
+    ("x=5", "y=5"), ("(x+1)^2", "x^2+2x+2"), ("2516_8", "2516_7"), ("2516_8", "2517_8"),
+    ("\\text{Evelyn}", "Bob"), ("listen", "silent"), ("even", "odd"), ("A", "B"), ("5", "five"),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}"),
+    ("3", "3 + \\frac{1}{1000}"), ("5", "-5"),
+]
+# fmt: on
+
+
+def test_equal_answers_are_correct(grader: Grader) -> None:
+    gold, answers = zip(*SAME, strict=True)
+    verdicts = grader.grade([response(a) for a in answers], gold)
+    missed = [pair for pair, v in zip(SAME, verdicts, strict=True) if v != Verdict(1.0, "correct")]
+    assert not missed
+
+
+def test_different_answers_are_wrong(grader: Grader) -> None:
+    gold, answers = zip(*DIFFERENT, strict=True)
+    verdicts = grader.grade([response(a) for a in answers], gold)
+    passed = [
+        (pair, v.outcome)
+        for pair, v in zip(DIFFERENT, verdicts, strict=True)
+        if v != Verdict(0.0, "wrong")
+    ]
+    assert not passed
+
+
+def test_the_quick_verdict_leaves_algebra_alone() -> None:
+    assert quick_verdict(clean("x+1"), clean("1+x")) is None
+    assert quick_verdict(clean("ab"), clean("ba")) is None
+    assert quick_verdict(clean("50"), clean("50\\%")) is None
+    assert quick_verdict(clean("2e-1"), clean("0.2")) is None
+    assert quick_verdict(clean("\\dfrac{1}{2}."), clean("$\\frac{1}{2}$")) is True
+    assert quick_verdict(clean("\\frac{1}{0}"), clean("7")) is None
+
+
+# --- Outcomes and order ------------------------------------------------------------------------
+
+
+def test_outcomes_in_order(grader: Grader) -> None:
+    cases = [
+        (response("x+1"), "1+x", "correct"),
+        ("\\boxed{7}", "7", "format"),
+        (response("7"), "7", "correct"),
+        ("<think>\\boxed{7}</think>\\boxed{8}", "7", "wrong"),
+        (response("x+2"), "1+x", "wrong"),
+        (response(""), "7", "unparsable"),
+        (response("\\frac"), "x+1", "unparsable"),
+        (response("9^{9^{9^{9}}}"), "7", "unparsable"),
+        (response("(10^{10})!"), "7", "unparsable"),
+        (response("x" * 5000), "x+1", "unparsable"),
+        (response("x+2"), "\\frac", "wrong"),
+    ]
+    texts, gold, expected = zip(*cases, strict=True)
+    verdicts = grader.grade(texts, gold)
+    assert [v.outcome for v in verdicts] == list(expected)
+    assert [v.reward for v in verdicts] == [float(e == "correct") for e in expected]
+    assert set(expected) < set(OUTCOMES)
+
+
+def test_accuracy_alone() -> None:
+    assert grade("It is \\boxed{3}, no, \\boxed{7}", "7", require_format=False).reward == 1
+    assert grade("It is \\boxed{7}, no, \\boxed{3}", "7", require_format=False).outcome == "wrong"
+    assert grade("It is 7", "7", require_format=False) == Verdict(0.0, "unparsable")
+    assert grade("It is \\boxed{7}", "7") == Verdict(0.0, "format")
+
+
+def test_bad_arguments() -> None:
+    with pytest.raises(ValueError, match="1 responses but 2 answers"):
+        Grader().grade(["a"], ["1", "2"])
+    with pytest.raises(ValueError, match="workers >= 1"):
+        Grader(workers=0)
+    with pytest.raises(ValueError, match="timeout_s > 0"):
+        Grader(timeout_s=0)
+
+
+# --- Workers -----------------------------------------------------------------------------------
+
+EVIL = """
+import json, os, sys, time
+print(json.dumps("hello"), flush=True)
+for line in sys.stdin:
+    gold, answer = json.loads(line)
+    if answer.startswith("hang"):
+        time.sleep(1000)
+    if answer.startswith("die"):
+        os.kill(os.getpid(), 11)
+    if answer.startswith("once") and not os.path.exists(sys.argv[1]):
+        open(sys.argv[1], "w").close()
+        os._exit(1)
+    if answer.startswith("slow"):
+        time.sleep(0.3)
+    print(json.dumps("correct"), flush=True)
+"""
+
+
+def evil_grader(tmp_path: Path, workers: int, timeout_s: float, script: str = EVIL) -> Grader:
+    """A grader whose workers call every answer correct, or misbehave as the answer says."""
+    (tmp_path / "evil.py").write_text(script)
+    grader = Grader(workers=workers, timeout_s=timeout_s)
+    grader._command = [sys.executable, str(tmp_path / "evil.py"), str(tmp_path / "flag")]
+    return grader
+
+
+def exists(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_hanging_and_dying_workers_are_replaced(tmp_path: Path) -> None:
+    answers = ["a+1", "hang+1", "die+1", "b+1", "once+1", "hang+1", "c+1", "hang+2", "d+1"]
+    started = time.perf_counter()
+    with evil_grader(tmp_path, workers=2, timeout_s=0.5) as grader:
+        verdicts = grader.grade([response(a) for a in answers], ["x"] * len(answers))
+        took = time.perf_counter() - started
+        again = grader.grade([response("e+1")], ["x"])
+        pids = [worker.process.pid for worker in grader._pool]
+    expected = ["correct", "timeout", "unparsable", "correct", "correct"]
+    expected += ["timeout", "correct", "timeout", "correct"]
+    assert [v.outcome for v in verdicts] == expected
+    assert again == [Verdict(1.0, "correct")]
+    assert 0.5 < took < 8
+    assert pids
+    assert not any(map(exists, pids)), "close() left a process, or a zombie"
+
+
+def test_workers_start_when_needed_and_work_at_the_same_time(tmp_path: Path) -> None:
+    with evil_grader(tmp_path, workers=4, timeout_s=20.0) as grader:
+        grader.grade([response("7"), response("8"), "x"], ["7", "7", "7"])
+        assert not grader._pool
+        grader.grade([response("slow+0")], ["x"])
+        assert len(grader._pool) == 1
+        warm = [response(f"slow+{i}") for i in range(1, 5)]
+        grader.grade(warm, ["x"] * 4)
+        assert len(grader._pool) == 4
+        started = time.perf_counter()
+        grader.grade([response(f"slow+{i}") for i in range(5, 13)], ["x"] * 8)
+        assert time.perf_counter() - started < 8 * 0.3  # one after another would take this long
+        started = time.perf_counter()
+        grader.grade(warm * 8, ["x"] * 32)
+        assert time.perf_counter() - started < 0.25  # known from before
+
+
+def test_an_interrupted_call_leaves_no_stale_reply(tmp_path: Path, monkeypatch) -> None:
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with evil_grader(tmp_path, workers=1, timeout_s=20.0) as grader:
+        grader.grade([response("a+1")], ["x"])
+        with monkeypatch.context() as patch:
+            patch.setattr(grader, "_collect", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                grader.grade([response("slow+1")], ["x"])
+        assert not grader._pool
+        assert grader.grade([response("b+1")], ["x"])[0].reward == 1
+
+
+def test_workers_that_never_start_are_an_error_and_not_a_hang(tmp_path: Path) -> None:
+    script = "raise ImportError('no math_verify here')"
+    with (
+        evil_grader(tmp_path, workers=2, timeout_s=1.0, script=script) as grader,
+        pytest.raises(RuntimeError, match="no math_verify here"),
+    ):
+        grader.grade([response("a+1")], ["x"])
+    assert not grader._pool
+
+
+def test_real_workers_are_killed_in_time() -> None:
+    hangs = "\\binom{10000000}{5000000}"  # math-verify evaluates it while it parses
+    with Grader(workers=1, timeout_s=1.0) as grader:
+        grader.grade([response("x+1")], ["1+x"])
+        first = grader._pool[0].process.pid
+        started = time.perf_counter()
+        verdicts = grader.grade([response(hangs), response("y+1")], ["7", "1+y"])
+        took = time.perf_counter() - started
+        assert [v.outcome for v in verdicts] == ["timeout", "correct"]
+        assert 1.0 < took < 15
+        assert not exists(first)
+
+
+def test_workers_hold_neither_jax_nor_gmpy(tmp_path: Path, monkeypatch) -> None:
+    for name in ("gmpy2", "flint"):  # as if installed; SymPy and mpmath would import them
+        (tmp_path / f"{name}.py").write_text("import os\nos._exit(1)\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with Grader(workers=1, timeout_s=20.0) as grader:
+        assert grader.grade([response("1+z")], ["z+1"])[0].reward == 1
+        hello = grader._pool[0].hello
+    assert hello["ground_types"] == "python"
+    assert {"sympy", "mpmath", "math_verify"} <= set(hello["modules"])
+    unwanted = {"jax", "jaxlib", "numpy", "gmpy2", "flint", "torch", "kdrl_jax"}
+    assert not unwanted & set(hello["modules"])
+
+
+def test_a_busy_worker_ends_after_its_parent_is_killed() -> None:
+    code = r"""
+import signal
+from kdrl_jax.rewards import Grader
+grader = Grader(workers=1, timeout_s=0.6)
+grader.grade([r"<think></think>\boxed{x+1}"], ["1+x"])
+print(grader._pool[0].process.pid, flush=True)
+signal.setitimer(signal.ITIMER_REAL, 0.3)  # SIGALRM ends this process
+grader.grade([r"<think></think>\boxed{\binom{10000000}{5000000}}"], ["1"])
+"""
+    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, timeout=60)
+    assert run.returncode == -signal.SIGALRM
+    pid = int(run.stdout)
+    deadline = time.monotonic() + 20
+    while exists(pid) and not is_zombie(pid):
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.05)
+
+
+def is_zombie(pid: int) -> bool:
+    """Ended, but its adoptive parent has not asked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return not exists(pid)
+
+
+# --- Real answers ------------------------------------------------------------------------------
+
+
+def real_answers() -> list[str]:
+    files = sorted(DATA.glob("*.jsonl"))
+    if not files:
+        pytest.skip(f"the evaluation sets are not at {DATA}")
+    return [json.loads(line)["answer"] for path in files for line in path.open(encoding="utf-8")]
+
+
+def test_real_answers_equal_themselves_and_not_their_neighbours(grader: Grader) -> None:
+    gold = real_answers()
+    verdicts = grader.grade([f"<think>x</think>\\boxed{{{a}}}" for a in gold], gold)
+    assert Counter(v.outcome for v in verdicts) == {"correct": len(gold)}
+
+    pairs = list(zip(gold, gold[1:] + gold[:1], strict=True))
+    pairs = [(a, b) for a, b in pairs if clean(a) != clean(b)]
+    pairs = [p for p in pairs if quick_verdict(*map(clean, p)) is not None] + [
+        p for p in pairs if quick_verdict(*map(clean, p)) is None
+    ][::12]
+    outcomes = Counter(
+        v.outcome for v in grader.grade([response(b) for _, b in pairs], [a for a, _ in pairs])
+    )
+    assert len(pairs) > 2000
+    assert outcomes["correct"] <= len(pairs) / 1000
+    assert outcomes["timeout"] <= 2
+
+
+def test_math_verify_reads_real_answers(grader: Grader) -> None:
+    """The same without the fast path: what math-verify itself makes of an answer and itself."""
+    gold = sorted({clean(a) for a in real_answers()})
+    sample = [a for a in gold if a and not re.fullmatch(r"[-\d.,]+", a)][::12]
+    outcomes = Counter(grader._verify([(a, a) for a in sample]).values())
+    assert len(sample) > 50
+    assert outcomes["correct"] >= 0.97 * len(sample)
