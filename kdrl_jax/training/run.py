@@ -121,7 +121,7 @@ class Run:
             numbers |= {name: float(value) for name, value in jax.device_get(metrics).items()}
             self.clock.lap("update")
             numbers |= self.clock.take()
-            numbers["compile/count"] = self.compiles.count
+            numbers["time/compilations"] = self.compiles.count
             self._pending = (step, None, numbers)
         return numbers
 
