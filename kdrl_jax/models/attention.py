@@ -115,10 +115,9 @@ def attend_cached(
     )
     probs = jax.nn.softmax(scores, axis=-1).astype(prompt_v.dtype)
     over_prompt, over_completion = jnp.split(probs, [prompt_k.shape[2]], axis=-1)
-    # Added in fp32, so that the sum is rounded once, as in `attend`.
-    out = einsum("PGKMS,PKSH->PGKMH", over_prompt, prompt_v, jnp.float32)
-    out = out + einsum("PGKMT,PGKTH->PGKMH", over_completion, completion_v, jnp.float32)
-    return out.reshape(q.shape).astype(q.dtype)
+    out = einsum("PGKMS,PKSH->PGKMH", over_prompt, prompt_v)
+    out = out + einsum("PGKMT,PGKTH->PGKMH", over_completion, completion_v)
+    return out.reshape(q.shape)
 
 
 def _group(q: Float[Array, "R L N H"], kv_heads: int) -> Float[Array, "R L K M H"]:
