@@ -4,8 +4,9 @@ The first run trains a teacher on worked solutions and warms a smaller student u
 under `cache_dir`. Then the student learns by KDRL.
 """
 
-from configs import base
 from ml_collections import ConfigDict
+
+from configs import base
 
 
 def get_config() -> ConfigDict:

@@ -239,6 +239,7 @@ def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
         (_NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         (_POSITIVE, lambda v: v > 0, "must be positive"),
         (("rollout.top_p", "rollout.min_p"), lambda v: v <= 1, "must be at most 1"),
+        (("seed",), lambda v: v < 2**32, "must be below 2**32"),
     ]
     for keys, holds, rule in checks:
         for key in keys:

@@ -26,7 +26,7 @@ from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import beta_schedule
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
-from kdrl_jax.sharding import BATCH_AXES, make_mesh, replicated
+from kdrl_jax.sharding import BATCH_AXES, make_mesh
 from kdrl_jax.training.batch import build_batch, rollout_rows
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.evaluation import completion_texts, evaluate
@@ -35,7 +35,7 @@ from kdrl_jax.training.problems import load_run_data, load_run_tokenizer
 from kdrl_jax.training.roles import build_role, check_roles, ends_differently, write_model_files
 from kdrl_jax.training.run import Run
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
-from kdrl_jax.training.step import Hyper, make_update
+from kdrl_jax.training.step import Hyper, make_hyper, make_update
 from kdrl_jax.training.teacher import Teacher
 
 
@@ -118,9 +118,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     beta = beta_schedule(**config.beta.to_dict())
 
     def hyper(step: int) -> Hyper:
-        values = (beta(step), sizes.logprob_temperature, config.clip_eps_low)
-        values += (config.clip_eps_high, config.entropy_coef)
-        return jax.device_put(Hyper(*map(np.float32, values)), replicated(mesh))
+        numbers = {k: config[k] for k in ("clip_eps_low", "clip_eps_high", "entropy_coef")}
+        numbers |= {"beta": beta(step), "temperature": sizes.logprob_temperature}
+        return make_hyper(mesh, **numbers)
 
     # --- Resume --------------------------------------------------------------------------------
     # From the newest whole checkpoint, else from the student's own weights. Data position and
@@ -176,7 +176,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             state, metrics = update(state, batch, now)
 
             step += 1
-            run.step_done(step, metrics, {"beta": beta(step - 1)}, rollouts, verdicts, rewards)
+            run.step_done(
+                step, metrics, {"beta": float(beta(step - 1))}, rollouts, verdicts, rewards
+            )
             run.write_samples(step, asked, texts, verdicts, rollouts)
             evaluate_student(step)
             if step % config.checkpoint.every == 0 or step == config.steps or run.stopping:

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from kdrl_jax.models import Decoder, ModelConfig
 from kdrl_jax.sharding import BATCH_AXES, make_mesh, param_shardings, put_batch, replicated
 from kdrl_jax.training.batch import build_batch, rollout_rows
-from kdrl_jax.training.sft import supervised_batch, train_supervised
+from kdrl_jax.training.sft import pad_examples, supervised_batch, train_supervised
 from kdrl_jax.training.state import init_params, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.step import Hyper, make_update
 from kdrl_jax.training.teacher import Teacher, join_micro_batches, split_micro_batches
@@ -227,7 +227,7 @@ def test_teacher_scores_equal_a_plain_softmax(mesh) -> None:
 def test_supervised_gradient_is_cross_entropy() -> None:
     """The step with all advantages 1 against autodiff of a plain cross-entropy."""
     examples = [([3, 4, 5], [6, 7, 1]), ([8], [9, 10, 11, 12, 1])]
-    batch = supervised_batch(examples, 4, 6, pad_id=0)
+    batch = supervised_batch(*pad_examples(examples, 4, 6, pad_id=0))
     optimizer = optax.sgd(1.0)
     update = make_update(
         MODEL,

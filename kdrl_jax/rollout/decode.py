@@ -14,9 +14,9 @@ from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, KVCache, Params, Rollouts,
 
 
 class _Loop(NamedTuple):
-    """What the decode loop carries; `index` completion tokens are sampled."""
+    """What the decode loop carries; `slot` is where the next token goes."""
 
-    index: Int[Array, ""]
+    slot: Int[Array, ""]
     newest: Int[Array, "P G"]
     cache: KVCache
     tokens: Int[Array, "P G T"]
@@ -63,39 +63,39 @@ def generate(
     stop_ids = sampling.stop_ids[None, None, :]
 
     def advance(loop: _Loop, hidden: Float[Array, "P G D"]) -> _Loop:
-        """Sample the token at `index` from the hidden state before it and book it."""
+        """Sample the token at `slot` from the hidden state before it and book it."""
         logits = constrain(model.logits(params, hidden), "batch", None, None)
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.index)))(keys)
+        draw = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.slot)))(keys)
         token, log_prob = sample(logits, draw, sampling, valid_vocab=valid_vocab)
         token = jnp.where(loop.running, token, 0)
         ended = loop.running & (token[..., None] == stop_ids).any(-1)
-        count = loop.index + 1
+        count = loop.slot + 1
         return _Loop(
-            index=count,
+            slot=count,
             newest=token,
             cache=loop.cache,
-            tokens=_put(loop.tokens, token, loop.index),
-            log_probs=_put(loop.log_probs, jnp.where(loop.running, log_prob, 0.0), loop.index),
+            tokens=_put(loop.tokens, token, loop.slot),
+            log_probs=_put(loop.log_probs, jnp.where(loop.running, log_prob, 0.0), loop.slot),
             lengths=jnp.where(loop.running, count, loop.lengths),
             running=loop.running & ~ended & (count < limits),
             finish_reason=jnp.where(ended, FINISH_EOS, loop.finish_reason),
         )
 
     def body(loop: _Loop) -> _Loop:
-        slot = loop.index - 1  # where the newest token goes
+        index = loop.slot - 1  # the newest token's
         hidden, cache = model.decode(
             params,
             loop.newest,
-            prompt_lengths[:, None] + slot,
+            prompt_lengths[:, None] + index,
             prompt_cache,
             prompt_mask,
             loop.cache,
-            slot,
+            index,
         )
         return advance(loop._replace(cache=cache), hidden)
 
     start = _Loop(
-        index=jnp.int32(0),
+        slot=jnp.int32(0),
         newest=jnp.zeros((groups, size), jnp.int32),
         cache=model.new_cache(groups, size, length),
         tokens=jnp.zeros((groups, size, length), jnp.int32),

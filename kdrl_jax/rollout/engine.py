@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Array, Int, PRNGKeyArray
 
 from kdrl_jax.rollout.decode import generate
 from kdrl_jax.sharding import make_mesh, put_batch
@@ -87,15 +87,13 @@ def sampling_params(
     min_p: float = 0.0,
 ) -> SamplingParams:
     """The same settings for all [P, G] requests of a call, as device arrays."""
-    return jax.device_put(
-        SamplingParams(
-            temperature=np.float32(temperature),
-            top_p=np.float32(top_p),
-            top_k=np.int32(top_k),
-            min_p=np.float32(min_p),
-            max_new_tokens=np.full(shape, max_new_tokens, np.int32),
-            stop_ids=np.asarray(stop_ids, np.int32),
-        )
+    return SamplingParams(
+        temperature=jnp.float32(temperature),
+        top_p=jnp.float32(top_p),
+        top_k=jnp.int32(top_k),
+        min_p=jnp.float32(min_p),
+        max_new_tokens=jnp.full(shape, max_new_tokens, jnp.int32),
+        stop_ids=jnp.asarray(stop_ids, jnp.int32),
     )
 
 
@@ -113,13 +111,12 @@ def request_keys(
     """
     if isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed: {seed} found; must be from 0 to 2**32 - 1")
-    return _request_keys(
-        np.uint32(seed), np.uint32(step), np.asarray(problems, np.uint32), group_size
-    )
+    numbers = (jnp.uint32(seed), jnp.uint32(step), jnp.asarray(problems, jnp.uint32))
+    return _request_keys(*numbers, group_size)
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _request_keys(seed, step, problems, group_size):  # type: ignore[no-untyped-def]
+def _request_keys(seed: Array, step: Array, problems: Array, group_size: int) -> PRNGKeyArray:
     key = jax.random.fold_in(jax.random.key(seed), step)
     of_problem = jax.vmap(lambda problem: jax.random.fold_in(key, problem))(problems)
     samples = jnp.arange(group_size)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kdrl_jax.objectives import group_advantages, kd_weights, token_weights
+from kdrl_jax.objectives.advantages import Baseline, Scale
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import FINISH_EOS, Rollouts, TrainBatch
 
@@ -58,8 +59,8 @@ def build_batch(
     *,
     aggregation: str,
     kd_mask: str,
-    scale: str,
-    baseline: str,
+    scale: Scale,
+    baseline: Baseline,
     use_reward: bool,
     mask_final_eos: bool,
     max_new_tokens: int,

@@ -129,7 +129,7 @@ def build_role(
     # Float32 master weights to train; a teacher that only scores keeps its compute dtype.
     trained = name == "student" or role.sft.steps > 0
     dtype = "float32" if trained else role.dtype
-    kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config)}"
+    kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config, tokenizer)}"
     if role.sft.steps and kept.is_dir():
         display.say(f"{name}: from {kept}")
         return restore_params(kept, abstract_params(model, shardings))
@@ -152,12 +152,12 @@ def ends_differently(config: ConfigDict, tokenizer: Tokenizer) -> bool:
     return load_tokenizer(model_folder(config.teacher.path)).eos_id != tokenizer.eos_id
 
 
-def sft_digest(role: ConfigDict, config: ConfigDict) -> str:
+def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> str:
     """Names the result of supervised training: everything that shapes it."""
     role = role.to_dict()
     role.pop("remat")
     keys = ("task", "path", "prompt_style", "max_prompt_tokens", "seed", "fields")
-    return digest([role, {k: config.data.to_dict()[k] for k in keys}, config.tokenizer])
+    return digest([role, {k: config.data.to_dict()[k] for k in keys}, sorted(tokenizer.vocab())])
 
 
 def keep_model(

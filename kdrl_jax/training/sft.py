@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from kdrl_jax.objectives import token_weights
-from kdrl_jax.sharding import put_batch, replicated
+from kdrl_jax.sharding import put_batch
 from kdrl_jax.training.batch import to_rows
 from kdrl_jax.training.state import init_state, make_optimizer, make_schedule
-from kdrl_jax.training.step import Hyper, make_update
+from kdrl_jax.training.step import make_hyper, make_update
 from kdrl_jax.types import Params, TrainBatch
 
 Example = tuple[list[int], list[int]]
@@ -65,8 +67,7 @@ def train_supervised(
         chunk=chunk,
     )
     state = init_state(params, optimizer, mesh)
-    one = np.float32(1.0)
-    hyper = jax.device_put(Hyper(np.float32(0), one, one, one, np.float32(0)), replicated(mesh))
+    hyper = make_hyper(mesh, beta=0.0, temperature=1.0)
     s = max(len(prompt) for prompt, _ in examples)
     t = max(len(completion) for _, completion in examples)
     rng = np.random.default_rng(seed)
@@ -76,7 +77,8 @@ def train_supervised(
         while len(order) < batch_size:
             order = np.concatenate([order, rng.permutation(len(examples))])
         chosen, order = order[:batch_size], order[batch_size:]
-        batch = put_batch(mesh, supervised_batch([examples[i] for i in chosen], s, t, pad_id))
+        padded = pad_examples([examples[i] for i in chosen], s, t, pad_id)
+        batch = supervised_batch(*put_batch(mesh, padded))
         state, metrics = update(state, batch, hyper)
         if previous is not None:  # one step late, so that the host prepares while devices work
             report(-float(previous))
@@ -86,26 +88,39 @@ def train_supervised(
     return state.params
 
 
-def supervised_batch(examples: Sequence[Example], s: int, t: int, pad_id: int) -> TrainBatch:
-    """Rows of S + T tokens whose completions are trained on with weight 1 / (B·|o_i|)."""
+def pad_examples(
+    examples: Sequence[Example], s: int, t: int, pad_id: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Prompts [B, S] padded on the left and their lengths, completions [B, T] and theirs."""
     n = len(examples)
     prompts = np.full((n, s), pad_id, np.int32)
     completions = np.full((n, t), pad_id, np.int32)
-    prompt_lengths, lengths = np.zeros(n, np.int32), np.zeros(n, np.int32)
     for i, (prompt, completion) in enumerate(examples):
         prompts[i, s - len(prompt) :] = prompt
         completions[i, : len(completion)] = completion
-        prompt_lengths[i], lengths[i] = len(prompt), len(completion)
+    prompt_lengths = np.array([len(prompt) for prompt, _ in examples], np.int32)
+    lengths = np.array([len(completion) for _, completion in examples], np.int32)
+    return prompts, prompt_lengths, completions, lengths
+
+
+@jax.jit
+def supervised_batch(
+    prompts: Int[Array, "B S"],
+    prompt_lengths: Int[Array, "B"],
+    completions: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> TrainBatch:
+    """Rows of S + T tokens whose completions are trained on with weight 1 / (B·|o_i|)."""
     rows = to_rows(prompts, prompt_lengths, completions, lengths)
-    mask = np.arange(t)[None, :] < lengths[:, None]
-    weights = token_weights(mask, np.arange(n), "seq-mean-token-mean")
-    zeros = np.zeros((n, t), np.float32)
+    n, t = completions.shape
+    mask = jnp.arange(t)[None, :] < lengths[:, None]
+    zeros = jnp.zeros((n, t), jnp.float32)
     return TrainBatch(
         *rows,
         sampler_log_probs=zeros,
         old_log_probs=None,
         teacher_log_probs=None,
-        advantages=np.ones((n, t), np.float32),
-        weights=weights,
+        advantages=jnp.ones((n, t), jnp.float32),
+        weights=token_weights(mask, jnp.arange(n), "seq-mean-token-mean"),
         kd_weights=zeros,
     )

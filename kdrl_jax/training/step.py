@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from kdrl_jax.objectives import kdrl_loss, mismatch_kl, token_log_probs
-from kdrl_jax.sharding import state_shardings
+from kdrl_jax.sharding import replicated, state_shardings
 from kdrl_jax.training.teacher import split_micro_batches
 from kdrl_jax.types import Params, TrainBatch, TrainState
 
@@ -25,6 +25,20 @@ class Hyper(NamedTuple):
     clip_eps_low: Float[Array, ""]
     clip_eps_high: Float[Array, ""]
     entropy_coef: Float[Array, ""]
+
+
+def make_hyper(
+    mesh: Mesh,
+    *,
+    beta: float,
+    temperature: float,
+    clip_eps_low: float = 0.2,
+    clip_eps_high: float = 0.2,
+    entropy_coef: float = 0.0,
+) -> Hyper:
+    """`Hyper` from numbers, on every device of `mesh`."""
+    numbers = (beta, temperature, clip_eps_low, clip_eps_high, entropy_coef)
+    return jax.device_put(Hyper(*(jnp.float32(x) for x in numbers)), replicated(mesh))
 
 
 Metrics = dict[str, Float[Array, ""]]

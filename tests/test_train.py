@@ -1,0 +1,338 @@
+"""The commands as a user runs them: a whole run, its files, resuming, converting, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from kdrl_jax import convert, report, train
+from kdrl_jax.cli import run_entry
+from kdrl_jax.data import load_tokenizer
+from kdrl_jax.models import load_hf
+from kdrl_jax.training.checkpoints import abstract_params, restore_params
+from kdrl_jax.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY = {
+    "steps": 6,
+    "data.size": 64,
+    "teacher.shape.hidden_size": 24,
+    "teacher.shape.num_layers": 2,
+    "teacher.shape.num_heads": 2,
+    "teacher.shape.head_dim": 16,
+    "teacher.shape.mlp_size": 32,
+    "teacher.sft.steps": 3,
+    "teacher.sft.problems": 64,
+    "teacher.sft.batch_size": 8,
+    "student.shape.hidden_size": 16,
+    "student.shape.num_layers": 2,
+    "student.shape.num_heads": 2,
+    "student.shape.head_dim": 8,
+    "student.shape.mlp_size": 16,
+    "student.sft.steps": 2,
+    "student.sft.problems": 64,
+    "student.sft.batch_size": 8,
+    "rollout.prompts_per_step": 4,
+    "rollout.group_size": 4,
+    "rollout.max_new_tokens": 10,
+    "micro_batch": 8,
+    "reward.workers": 1,
+    "eval.every": 3,
+    "eval.problems": 6,
+    "eval.batch": 4,
+    "checkpoint.every": 2,
+    "samples.every": 2,
+    "samples.count": 5,
+}
+# Wall time is the only thing two equal runs may differ in.
+CLOCKS = ("time/", "tokens_per_s/")
+
+
+def command(workdir, cache, **changes):
+    settings = TINY | {"cache_dir": str(cache)} | changes
+    flags = [f"--config.{key}={value}" for key, value in settings.items()]
+    return [f"--config={ROOT / 'configs' / 'demo.py'}", f"--workdir={workdir}", *flags]
+
+
+def run(workdir, cache, **changes):
+    train.main(command(workdir, cache, **changes))
+    return rows(workdir)
+
+
+def rows(workdir):
+    """The metrics without wall times."""
+    found = read_metrics(Path(workdir) / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in found]
+
+
+def samples(workdir):
+    return {p.name: p.read_text() for p in sorted((Path(workdir) / "samples").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run from beginning to end."""
+    with jax.numpy_rank_promotion("raise"):
+        workdir = tmp_path_factory.mktemp("whole") / "run"
+        run(workdir, cache)
+    return workdir
+
+
+# --- a run ----------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(whole, cache):
+    metrics = read_metrics(whole / "metrics.jsonl")
+    assert [row["step"] for row in metrics] == [0, 1, 2, 3, 4, 5, 6]
+    promised = {
+        *("loss", "beta", "reward/mean", "kl/teacher", "entropy/mean", "length/mean"),
+        *("length/truncated_frac", "mismatch/kl", "time/rollout_s", "tokens_per_s/rollout"),
+    }
+    for row in metrics[1:]:
+        assert promised <= row.keys()
+        assert all(np.isfinite(v) for v in row.values()), row
+        assert abs(row["mismatch/kl"]) < 1e-4  # the sampler and the trainer are one policy
+    assert [r["step"] for r in metrics if "eval/accuracy" in r] == [0, 3, 6]
+    assert sorted(samples(whole)) == [f"step_{i:06d}.jsonl" for i in (2, 4, 6)]
+    sample = json.loads(samples(whole)["step_000002.jsonl"].splitlines()[0])
+    assert {"problem", "answer", "completion", "reward", "outcome", "length"} <= sample.keys()
+    summary = json.loads((whole / "summary.json").read_text())
+    assert summary["finished"]
+    assert summary["steps"] == 6
+    assert json.loads((whole / "config.json").read_text())["rollout"]["group_size"] == 4
+    assert list((whole / "tensorboard").iterdir())
+    assert sorted(p.name for p in (whole / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert len([p for p in cache.iterdir() if p.name.startswith("teacher-")]) == 1
+
+
+def test_nothing_compiles_in_steady_state(whole):
+    """After the first step and the first checkpoint, evaluations included."""
+    counts = [r["time/compilations"] for r in read_metrics(whole / "metrics.jsonl")[1:]]
+    assert counts[0] > 0
+    assert len(set(counts[2:])) == 1, counts
+
+
+def test_the_same_command_again_changes_nothing(whole, cache, capsys):
+    before = (whole / "metrics.jsonl").read_bytes()
+    run(whole, cache)
+    assert (whole / "metrics.jsonl").read_bytes() == before
+    assert "continuing after step 6 of 6" in capsys.readouterr().out
+
+
+def test_killed_and_continued_equals_uninterrupted(whole, cache, tmp_path):
+    """SIGKILL at whatever the run does once step 3 is logged; the same devices as `whole`."""
+    workdir = tmp_path / "killed"
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    argv = [sys.executable, "-m", "kdrl_jax.train", *command(workdir, cache, steps=500)]
+    process = subprocess.Popen(argv, cwd=ROOT, env=env, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 240
+    while len(read_metrics(workdir / "metrics.jsonl")) < 4:
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    last = rows(workdir)[-1]["step"]
+    for path in (workdir / "checkpoints").iterdir():  # it may have got further than 6
+        if path.name.isdigit() and int(path.name) > 4:
+            shutil.rmtree(path)
+    assert last >= 3
+    again = run(workdir, cache)
+    assert again == rows(whole)
+    assert {k: v for k, v in samples(workdir).items() if k in samples(whole)} == samples(whole)
+
+
+def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch, capsys):
+    stop_at = 3
+    original = train.Run.step_done
+
+    def step_done(self, step, *rest):
+        original(self, step, *rest)
+        if step == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Run, "step_done", step_done)
+    run(tmp_path / "run", cache)
+    assert "stopped after step 3" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
+    monkeypatch.undo()
+    assert run(tmp_path / "run", cache) == rows(whole)
+
+
+def test_continuing_on_another_mesh(whole, cache, tmp_path):
+    run(tmp_path / "run", cache, steps=2)
+    split = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "micro_batch": 4}
+    split |= {"teacher_mesh.fsdp": 4, "teacher_mesh.tensor": 2}
+    found = run(tmp_path / "run", cache, steps=4, **split)
+    for row, wanted in zip(found, rows(whole), strict=False):
+        assert row.keys() == wanted.keys()
+        for name in row:
+            np.testing.assert_allclose(row[name], wanted[name], rtol=2e-3, atol=2e-4, err_msg=name)
+    assert found[-1]["step"] == 4
+
+
+@pytest.mark.parametrize("objective", ["grpo", "kd_rkl"])
+def test_other_objectives(cache, tmp_path, objective):
+    changes = {"objective": objective, "steps": 1, "eval.every": 0}
+    if objective == "kd_rkl":  # needs no groups
+        changes |= {"rollout.group_size": 1, "rollout.prompts_per_step": 8}
+    row = run(tmp_path / "run", cache, **changes)[-1]
+    assert ("kl/teacher" in row) == (objective == "kd_rkl")
+    assert np.isfinite(row["loss"])
+
+
+def test_report_draws_a_picture(whole, tmp_path):
+    pytest.importorskip("matplotlib")
+    report.main([str(whole), f"--output={tmp_path / 'a' / 'curves.png'}"])
+    assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- conversion -----------------------------------------------------------------------------
+
+
+def test_export_and_return(whole, tmp_path):
+    folder, back = tmp_path / "hf", tmp_path / "run"
+    convert.main([f"--checkpoint={whole / 'checkpoints'}", f"--output={folder}"])
+    convert.main([f"--hf={folder}", f"--output={back}"])
+    model, params = load_hf(folder)
+    for source in (whole, back):
+        found = restore_params(
+            source, abstract_params(model, jax.tree.map(lambda x: x.sharding, params))
+        )
+        jax.tree.map(np.testing.assert_array_equal, found, params)
+    ours, theirs = load_tokenizer(whole / "model"), load_tokenizer(folder)
+    assert ours.vocab() == theirs.vocab()
+
+
+def test_exported_model_in_transformers(whole, tmp_path):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    folder = tmp_path / "hf"
+    convert.main([f"--checkpoint={whole}", f"--output={folder}", "--step=4"])
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model, params = load_hf(folder)
+    tokens = np.random.default_rng(0).integers(0, 20, (2, 12))
+    positions = np.broadcast_to(np.arange(12), tokens.shape)
+    hidden = model.apply(params, tokens, positions, np.ones_like(tokens))
+    with torch.no_grad():
+        logits = theirs(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(np.asarray(model.logits(params, hidden)), logits, atol=1e-4)
+
+
+def test_a_run_can_teach_another(whole, cache, tmp_path):
+    """zero_rl's teacher is the folder of a run."""
+    changes = {"teacher.path": whole, "teacher.sft.steps": 0, "steps": 1, "eval.every": 0}
+    row = run(tmp_path / "run", cache, **changes)[-1]
+    assert np.isfinite(row["kl/teacher"])
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+
+def refused(capsys, *argv, main=train.main):
+    """The lines a refused command prints; it must exit with 2."""
+    with pytest.raises(SystemExit) as end:
+        run_entry(lambda: main([str(a) for a in argv]))
+    assert end.value.code == 2
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    return [line for line in printed.splitlines() if line.startswith("error: ")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"beta.init": -1.0}, ["beta.init: -1.0 must not be negative"]),
+        ({"rollout.group_size": 1}, ["rollout.group_size: 1 gives", "use 2 or more"]),
+        ({"student.path": "no/such/folder"}, ["student.path: no folder no/such/folder"]),
+        ({"data.max_prompt_tokens": 4}, ["arithmetic: no training problems left", "longer than 4"]),
+        ({"rollout.prompts_per_step": 400}, ["rollout.prompts_per_step: 400 exceeds the 64"]),
+        ({"micro_batch": 3}, ["micro_batch: 3 does not divide"]),
+        ({"micro_batch": 4, "mesh.fsdp": 8}, ["micro_batch: 4 is not a multiple of mesh.data"]),
+        ({"mesh.fsdp": 3}, ["mesh.fsdp=3"]),
+        ({"betta.init": 1.0, "stepz": 3}, ["betta.init", "beta.init", "stepz", "steps"]),
+    ],
+    ids=str,
+)
+def test_impossible_configs(cache, tmp_path, capsys, changes, said):
+    workdir = tmp_path / "run"
+    lines = refused(capsys, *command(workdir, cache, **changes))
+    for text in said:
+        assert any(text in line for line in lines), lines
+    assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_checkpoint_of_another_config(whole, cache, capsys):
+    before = {p: p.read_bytes() for p in whole.rglob("*.json*") if p.is_file()}
+    changes = {"student.shape.hidden_size": 32, "rollout.temperature": 0.7}
+    lines = refused(capsys, *command(whole, cache, **changes))
+    assert len(lines) == 2
+    assert any("student.shape.hidden_size=16, now 32" in line for line in lines)
+    assert all("--workdir" in line for line in lines)
+    assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"problem": "1+1=", "answer": "2"}\n{"problem": "1+2="}\n', ":2: "),
+        ('{"problem": "1+1=", "answer": "2"}\n{oops\n', ":2: "),
+        ("", "problems.jsonl"),
+    ],
+    ids=["no answer", "not JSON", "empty"],
+)
+def test_bad_rows_are_named_by_line(whole, cache, tmp_path, capsys, text, said):
+    file = tmp_path / "problems.jsonl"
+    file.write_text(text)
+    changes = {"data.task": "", "data.path": file, "eval.every": 0, "student.path": whole}
+    changes |= {"student.sft.steps": 0, "teacher.path": whole, "teacher.sft.steps": 0}
+    lines = refused(capsys, *command(tmp_path / "run", cache, **changes))
+    assert len(lines) == 1
+    assert said in lines[0]
+
+
+def test_a_prompt_longer_than_the_window(whole, cache, tmp_path, capsys):
+    changes = {"teacher.path": whole, "teacher.sft.steps": 0, "rollout.max_new_tokens": 300}
+    lines = refused(capsys, *command(tmp_path / "run", cache, **changes))
+    assert "data.max_prompt_tokens + rollout.max_new_tokens: 316 exceeds the teacher's" in lines[0]
+
+
+def test_another_tokenizer(whole, cache, tmp_path, capsys):
+    """A teacher whose ids mean other tokens: the first that differs is named."""
+    from kdrl_jax.data import SentencePieceTokenizer
+
+    other = tmp_path / "teacher"
+    shutil.copytree(whole, other)
+    SentencePieceTokenizer.train("9876543210+-=, ").save(other / "model")
+    changes = {"teacher.path": other, "teacher.sft.steps": 0}
+    lines = refused(capsys, *command(tmp_path / "run", cache, **changes))
+    assert len(lines) == 1
+    assert "id " in lines[0]
+
+
+def test_conversion_of_what_is_not_there(tmp_path, capsys):
+    lines = refused(
+        capsys, f"--checkpoint={tmp_path}", f"--output={tmp_path / 'out'}", main=convert.main
+    )
+    assert "holds no model/config.json" in lines[0]
+    lines = refused(
+        capsys, f"--hf={tmp_path / 'nowhere'}", f"--output={tmp_path / 'out'}", main=convert.main
+    )
+    assert "nowhere" in lines[0]
+    assert not (tmp_path / "out").exists()
