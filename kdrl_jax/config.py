@@ -40,6 +40,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "data.task": ("", "arithmetic"),
     "data.prompt_style": ("kdrl", "zero_rl", "chat", "plain"),
     **{f"{role}.dtype": ("float32", "bfloat16") for role in ("student", "teacher")},
+    **{f"{role}.sft.task": ("", "arithmetic") for role in ("student", "teacher")},
     **{f"{role}.remat": ("none", "dots", "full") for role in ("student", "teacher")},
     **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ("student", "teacher")},
 }
@@ -287,6 +288,12 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
         )
     if not flat["data.task"] and flat["eval.every"] and not flat["data.eval_path"]:
         yield "data.eval_path: empty, but eval.every is not 0; give a JSONL file or eval.every=0"
+    for role in ("student", "teacher"):
+        if flat[f"{role}.sft.steps"] and not (flat[f"{role}.sft.task"] or flat["data.task"]):
+            yield (
+                f"{role}.sft.task: empty, as is data.task, and {role}.sft.steps needs worked "
+                "solutions; name a task or set the steps to 0"
+            )
     if not flat["student.path"] and not flat["data.task"]:
         yield "student.path: empty, which needs data.task; give a model folder"
     if flat["rollout.prompts_per_step"] * group % flat["micro_batch"]:

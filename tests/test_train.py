@@ -29,6 +29,7 @@ TINY = {
     "teacher.shape.hidden_size": 24,
     "teacher.shape.num_layers": 2,
     "teacher.shape.num_heads": 2,
+    "teacher.shape.num_kv_heads": 2,
     "teacher.shape.head_dim": 16,
     "teacher.shape.mlp_size": 32,
     "teacher.sft.steps": 3,
@@ -37,6 +38,7 @@ TINY = {
     "student.shape.hidden_size": 16,
     "student.shape.num_layers": 2,
     "student.shape.num_heads": 2,
+    "student.shape.num_kv_heads": 2,
     "student.shape.head_dim": 8,
     "student.shape.mlp_size": 16,
     "student.sft.steps": 2,
@@ -319,7 +321,7 @@ def test_another_tokenizer(whole, cache, tmp_path, capsys):
 
     other = tmp_path / "teacher"
     shutil.copytree(whole, other)
-    SentencePieceTokenizer.train("9876543210+-=, ").save(other / "model")
+    SentencePieceTokenizer.train("0123456789+*=, ").save(other / "model")
     changes = {"teacher.path": other, "teacher.sft.steps": 0}
     lines = refused(capsys, *command(tmp_path / "run", cache, **changes))
     assert len(lines) == 1

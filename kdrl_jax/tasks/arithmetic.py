@@ -1,13 +1,13 @@
 """Chains of additions and subtractions with worked solutions.
 
-A problem is a chain such as `23+45-17=`; its answer is the value of the chain, `51`; its worked
+A problem is a chain such as `58+7-9+4=`; its answer is the value of the chain, `60`; its worked
 solution carries one running value from left to right, one operation a step:
 
-    <think>23+45=68,68-17=51</think>\\boxed{51}
+    <think>58+7=65,65-9=56,56+4=60</think>\\boxed{60}
 
 Every running value stays in [0, max_value], so no number is negative. One step is easy, the whole
-chain is right only if every step is: a model that is right in 80 % of its steps solves about 40 %
-of chains of four, which leaves room to learn on either side.
+chain is right only if every step is: a model that is right in 80 % of its steps solves about half
+of the chains of four numbers, which leaves room to learn on either side.
 
 Train and test problems are disjoint whatever their seeds: a checksum of the problem's text decides
 which split it belongs to.
@@ -30,7 +30,7 @@ def problems(
     split: str = "train",
     min_terms: int = 4,
     max_terms: int = 4,
-    max_operand: int = 99,
+    max_operand: int = 9,
     max_value: int = 99,
 ) -> list[Problem]:
     """`count` different problems of one split, a function of the arguments alone.

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -153,11 +154,17 @@ def ends_differently(config: ConfigDict, tokenizer: Tokenizer) -> bool:
 
 
 def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> str:
-    """Names the result of supervised training: everything that shapes it."""
-    role = role.to_dict()
-    role.pop("remat")
-    keys = ("task", "path", "prompt_style", "max_prompt_tokens", "seed", "fields")
-    return digest([role, {k: config.data.to_dict()[k] for k in keys}, sorted(tokenizer.vocab())])
+    """Names the result of supervised training: everything that shapes it.
+
+    Two worked solutions stand for the task's code, the vocabulary for the tokenizer's.
+    """
+    parts: list[Any] = [{k: v for k, v in role.to_dict().items() if k != "remat"}]
+    keys = ("task", "prompt_style", "max_prompt_tokens", "seed")
+    parts.append({k: config.data.to_dict()[k] for k in keys})
+    if role.sft.steps:
+        task = TASKS[role.sft.task or config.data.task]
+        parts.append([task.solution(p) for p in task.problems(2, config.data.seed)])
+    return digest([*parts, sorted(tokenizer.vocab())])
 
 
 def keep_model(
