@@ -152,28 +152,29 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             evaluate_student(0)
         step = start or 0
         while step < config.steps and not run.stopping:
-            chosen = batches[step]
-            asked = [problems[i] for i in chosen]
-            prompts = pad_prompts([ids for _, ids in asked], buckets, tokenizer.pad_id)
-            keys = request_keys(config.seed, step, chosen, ro.group_size)
+            with jax.transfer_guard("disallow"):  # every copy between host and device is meant
+                chosen = batches[step]
+                asked = [problems[i] for i in chosen]
+                prompts = pad_prompts([ids for _, ids in asked], buckets, tokenizer.pad_id)
+                keys = request_keys(config.seed, step, chosen, ro.group_size)
 
-            rollouts = engine.generate(state.params, prompts, keys, sampling)
-            run.settle()  # the last step's metrics, while the devices are busy with this one
-            texts = completion_texts(rollouts, tokenizer)
-            run.clock.lap("rollout")
+                rollouts = engine.generate(state.params, prompts, keys, sampling)
+                run.settle()  # the last step's metrics, while the devices are busy with this one
+                texts = completion_texts(rollouts, tokenizer)
+                run.clock.lap("rollout")
 
-            rows, now = rollout_rows(rollouts), hyper(step)
-            teacher_log_probs = teacher and teacher.score(
-                rows, ro.max_new_tokens, now.temperature, by_row
-            )  # on the devices, while the host verifies the answers
-            answers = [problem.answer for problem, _ in asked for _ in range(ro.group_size)]
-            verdicts = grader.grade(texts, answers)
-            rewards = np.array([v.reward for v in verdicts], np.float32).reshape(len(asked), -1)
-            jax.block_until_ready(teacher_log_probs)
-            run.clock.lap("score")
+                rows, now = rollout_rows(rollouts), hyper(step)
+                teacher_log_probs = teacher and teacher.score(
+                    rows, ro.max_new_tokens, now.temperature, by_row
+                )  # on the devices, while the host verifies the answers
+                answers = [problem.answer for problem, _ in asked for _ in range(ro.group_size)]
+                verdicts = grader.grade(texts, answers)
+                rewards = np.array([v.reward for v in verdicts], np.float32).reshape(len(asked), -1)
+                jax.block_until_ready(teacher_log_probs)
+                run.clock.lap("score")
 
-            batch = fill_slots(rows, rollouts, jax.device_put(rewards), teacher_log_probs)
-            state, metrics = update(state, batch, now)
+                batch = fill_slots(rows, rollouts, jax.device_put(rewards), teacher_log_probs)
+                state, metrics = update(state, batch, now)
 
             step += 1
             run.step_done(

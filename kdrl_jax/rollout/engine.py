@@ -111,8 +111,8 @@ def request_keys(
     """
     if isinstance(seed, bool) or not 0 <= seed < 2**32:
         raise ValueError(f"seed: {seed} found; must be from 0 to 2**32 - 1")
-    numbers = (jnp.uint32(seed), jnp.uint32(step), jnp.asarray(problems, jnp.uint32))
-    return _request_keys(*numbers, group_size)
+    numbers = (np.uint32(seed), np.uint32(step), np.asarray(problems, np.uint32))
+    return _request_keys(*jax.device_put(numbers), group_size)
 
 
 @functools.partial(jax.jit, static_argnums=3)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
@@ -38,7 +39,7 @@ def make_hyper(
 ) -> Hyper:
     """`Hyper` from numbers, on every device of `mesh`."""
     numbers = (beta, temperature, clip_eps_low, clip_eps_high, entropy_coef)
-    return jax.device_put(Hyper(*(jnp.float32(x) for x in numbers)), replicated(mesh))
+    return Hyper(*jax.device_put([np.float32(x) for x in numbers], replicated(mesh)))
 
 
 Metrics = dict[str, Float[Array, ""]]
