@@ -128,12 +128,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {file} has no get_config(); see configs/demo.py")
-    config = module.get_config()
-    return apply_overrides(config, overrides)
+    config, problems = _override(module.get_config(), overrides)
+    if problems:  # name what else is wrong as well, so that one look mends it all
+        try:
+            validate(config)
+        except UserError as error:
+            problems += error.problems
+        raise UserError(*problems)
+    return config
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A copy of `config` with `key=value` strings applied; see `load_config`."""
+    config, problems = _override(config, overrides)
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def _override(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+    """A copy of `config` with the overrides that can be applied, and what is wrong with others."""
     config = config.copy_and_resolve_references()
     flat = flatten(config)
     problems: list[str] = []
@@ -150,10 +164,8 @@ def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
                 updates[key] = _parse(text, flat[key])
             except ValueError as error:
                 problems.append(f"--config.{key}={text}: {error}")
-    if problems:
-        raise UserError(*problems)
     config.update_from_flattened_dict(updates)
-    return config
+    return config, problems
 
 
 def _parse(text: str, default: Any) -> Any:
@@ -197,10 +209,11 @@ def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
     flat = flatten(config)
     if reference is None:
         reference = load_config(ROOT / "configs" / "base.py")
-    problems = list(_key_problems(flat, flatten(reference)))
-    if problems:
-        raise UserError(*problems)
-    problems = list(_value_problems(flat)) + list(_combination_problems(flat))
+    known = flatten(reference)
+    problems = list(_key_problems(flat, known))
+    # Where a key is missing or mistyped the default stands in, so that the rest is checked too.
+    usable = {k: flat[k] if type(flat.get(k)) is type(v) else v for k, v in known.items()}
+    problems += [*_value_problems(usable), *_combination_problems(usable)]
     if problems:
         raise UserError(*problems)
     temperature = flat["logprob_temperature"]
@@ -296,7 +309,7 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
             )
     if not flat["student.path"] and not flat["data.task"]:
         yield "student.path: empty, which needs data.task; give a model folder"
-    if flat["rollout.prompts_per_step"] * group % flat["micro_batch"]:
+    if flat["micro_batch"] > 0 and flat["rollout.prompts_per_step"] * group % flat["micro_batch"]:
         yield (
             f"micro_batch: {flat['micro_batch']} does not divide the "
             f"{flat['rollout.prompts_per_step']} x {group} rollouts of a step"

@@ -3,8 +3,9 @@
     python -m kdrl_jax.convert --checkpoint=RUN --output=HF_FOLDER [--step=N] [--dtype=bfloat16]
     python -m kdrl_jax.convert --hf=HF_FOLDER --output=RUN
 
-RUN is the folder a training run wrote, or its `checkpoints` folder. What comes out of the first
-loads in `transformers`; what comes out of the second can be `student.path` or `teacher.path`.
+RUN is the folder a training run wrote, its `checkpoints` folder, or one checkpoint in it. What
+comes out of the first loads in `transformers`; what comes out of the second can be `student.path`
+or `teacher.path`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
     """Write the student of a run as a Hugging Face folder with its tokenizer.
 
     Args:
-      run: a run's folder, or the `checkpoints` folder in it.
+      run: a run's folder, the `checkpoints` folder in it, or one checkpoint's folder.
       output: must not exist, or be an empty folder.
       step: which checkpoint; None: the newest.
       dtype: of the stored weights; None: that of the checkpoint.
@@ -38,6 +39,8 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
     Raises:
       UserError: no checkpoint there, or `output` is in use.
     """
+    if run.name.isdigit() and run.parent.name == "checkpoints":
+        run, step = run.parent, int(run.name) if step is None else step
     if run.name == "checkpoints":
         run = run.parent
     if not (run / "model" / "config.json").is_file():

@@ -226,7 +226,7 @@ def test_exported_model_in_transformers(whole, tmp_path):
     from transformers import AutoModelForCausalLM
 
     folder = tmp_path / "hf"
-    convert.main([f"--checkpoint={whole}", f"--output={folder}", "--step=4"])
+    convert.main([f"--checkpoint={whole / 'checkpoints' / '4'}", f"--output={folder}"])
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     model, params = load_hf(folder)
     tokens = np.random.default_rng(0).integers(0, 20, (2, 12))
@@ -268,7 +268,15 @@ def refused(capsys, *argv, main=train.main):
         ({"micro_batch": 3}, ["micro_batch: 3 does not divide"]),
         ({"micro_batch": 4, "mesh.fsdp": 8}, ["micro_batch: 4 is not a multiple of mesh.data"]),
         ({"mesh.fsdp": 3}, ["mesh.fsdp=3"]),
-        ({"betta.init": 1.0, "stepz": 3}, ["betta.init", "beta.init", "stepz", "steps"]),
+        (
+            {"betta.init": 1.0, "seed": "x", "micro_batch": 0, "kd_mask": "al"},
+            [
+                "betta.init: no such key; the nearest is beta.init",
+                "seed=x: must be int",
+                "micro_batch: 0 must be at least 1",
+                "kd_mask: 'al' is none of",
+            ],
+        ),
     ],
     ids=str,
 )
