@@ -52,11 +52,12 @@ def draw(runs: list[Path], output: Path) -> None:
     shown = [p for p in PANELS if any(p[0] in row for run in runs for row in rows[run])]
     figure, axes = plt.subplots(1, len(shown), figsize=(4 * len(shown), 3.2), squeeze=False)
     for axis, (name, title) in zip(axes[0], shown, strict=True):
-        for run in runs:
+        for i, run in enumerate(runs):
             points = [(row["step"], row[name]) for row in rows[run] if name in row]
             if points:
                 marker = "o" if name.startswith("eval/") else None
-                axis.plot(*zip(*points, strict=True), marker=marker, ms=4, label=_label(run))
+                style = {"marker": marker, "ms": 4, "color": f"C{i}", "label": _label(run)}
+                axis.plot(*zip(*points, strict=True), **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
