@@ -26,7 +26,7 @@ from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import beta_schedule
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
-from kdrl_jax.sharding import BATCH_AXES, make_mesh
+from kdrl_jax.sharding import BATCH_AXES, make_mesh, put_batch
 from kdrl_jax.training.batch import build_batch, rollout_rows
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.evaluation import completion_texts, evaluate
@@ -173,7 +173,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 jax.block_until_ready(teacher_log_probs)
                 run.clock.lap("score")
 
-                batch = fill_slots(rows, rollouts, jax.device_put(rewards), teacher_log_probs)
+                batch = fill_slots(rows, rollouts, put_batch(mesh, rewards), teacher_log_probs)
                 state, metrics = update(state, batch, now)
 
             step += 1

@@ -182,8 +182,10 @@ def test_continuing_on_another_mesh(whole, cache, tmp_path):
     split |= {"teacher_mesh.fsdp": 4, "teacher_mesh.tensor": 2}
     found = run(tmp_path / "run", cache, steps=4, **split)
     for row, wanted in zip(found, rows(whole), strict=False):
-        assert row.keys() == wanted.keys()
-        for name in row:
+        # Either run also evaluates after what was its last step.
+        shared = row.keys() & wanted.keys()
+        assert all(name.startswith("eval/") for name in row.keys() ^ wanted.keys())
+        for name in shared:
             np.testing.assert_allclose(row[name], wanted[name], rtol=2e-3, atol=2e-4, err_msg=name)
     assert found[-1]["step"] == 4
 

@@ -275,7 +275,9 @@ class Decoder:
         return layer(x, rope, attend)
 
     def _embed(self, params: Params, tokens: Array) -> Array:
-        x = jnp.take(params["embed"]["embedding"], tokens, axis=0).astype(self.dtype)
+        # Gathered over `fsdp` first, as every weight is; the lookup then splits along the batch.
+        table = constrain(params["embed"]["embedding"], "vocab", "embed")
+        x = jnp.take(table, tokens, axis=0).astype(self.dtype)
         return constrain(x, "batch", "length", "embed")
 
     def _final_norm(self, params: Params, x: Array) -> Array:

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int, PRNGKeyArray
 
 from kdrl_jax.rollout.decode import generate
-from kdrl_jax.sharding import make_mesh, put_batch
+from kdrl_jax.sharding import make_mesh, put_batch, replicated
 from kdrl_jax.types import Params, Prompts, Rollouts, SamplingParams
 
 
@@ -72,8 +72,9 @@ class RolloutEngine:
                 "must be [P, G]"
             )
         tokens, lengths = put_batch(self.mesh, tuple(prompts))
+        rest = jax.device_put((request_keys, sampling), replicated(self.mesh))
         with jax.set_mesh(self.mesh):
-            return self._generate(params, tokens, lengths, request_keys, sampling)
+            return self._generate(params, tokens, lengths, *rest)
 
 
 def sampling_params(
