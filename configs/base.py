@@ -64,7 +64,7 @@ def get_config() -> ConfigDict:
     c.clip_eps_low = 0.2  # ratio clip; without effect while one update is made per rollout batch
     c.clip_eps_high = 0.2
     c.entropy_coef = 1e-3
-    c.logprob_temperature = "rollout"  # divides logits in every log-prob: "rollout" or a number
+    c.logprob_temperature = "rollout"  # divides logits in every log-prob: "rollout" or e.g. "1.0"
 
     # --- models --------------------------------------------------------------------------------
     c.student = model()

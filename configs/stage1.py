@@ -14,6 +14,7 @@ from configs.base import get_config as base
 
 def get_config():
     c = base()
+    c.eval.samples = 16
     c.objective = "grpo"
     c.steps = 500
     c.rollout.max_new_tokens = 8192

@@ -14,5 +14,5 @@ from configs.base import get_config as base
 
 def get_config():
     c = base()
-    c.kd_mask = "none"
+    c.eval.samples = 16
     return c

@@ -13,6 +13,7 @@ from configs.base import get_config as base
 
 def get_config():
     c = base()
+    c.eval.samples = 16
     c.steps = 480
     c.beta.init = 2e-1
     c.beta.min = 2e-3

@@ -16,6 +16,7 @@ from kdrl_jax.config import load_config
 from kdrl_jax.types import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
 _OVERRIDE = "--config."
 
 
@@ -39,25 +40,35 @@ def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDi
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     """`--config.a.b=c` and `--config.a.b c` as 'a.b=c', and the arguments that remain."""
     overrides, rest = [], []
-    items = iter(argv)
-    for item in items:
+    items = list(argv)
+    while items:
+        item = items.pop(0)
         if not item.startswith(_OVERRIDE):
             rest.append(item)
-        elif "=" in item:
+        elif "=" in item or not items or items[0].startswith("--"):
             overrides.append(item.removeprefix(_OVERRIDE))
         else:
-            overrides.append(f"{item.removeprefix(_OVERRIDE)}={next(items, '')}")
+            overrides.append(f"{item.removeprefix(_OVERRIDE)}={items.pop(0)}")
     return overrides, rest
 
 
 def run_entry(main: Callable[[], Any]) -> None:
-    """Call `main`; a UserError is printed line by line, without a traceback, and exits with 2."""
+    """Call `main`; what the user can mend is printed without a traceback and exits with 2.
+
+    That is every line of a UserError, and a path that cannot be written. Ctrl-C exits with 130.
+    """
     try:
         main()
     except UserError as error:
         for line in error.problems:
             print(f"error: {line}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
+        print(f"error: {error.filename}: {error.strerror}; give another folder", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to continue", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
 
 
 def enable_compilation_cache(folder: Path) -> None:

@@ -13,6 +13,7 @@ import hashlib
 import importlib.util
 import json
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,20 +46,27 @@ CHOICES: dict[str, tuple[str, ...]] = {
     **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ("student", "teacher")},
 }
 
+ROLES = ("student", "teacher")
+SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
 _AT_LEAST_ONE = (
     *("steps", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
     *("micro_batch", "logprob_chunk", "reward.workers", "eval.problems", "eval.samples"),
     *("eval.batch", "checkpoint.every", "checkpoint.keep", "data.max_prompt_tokens", "data.size"),
+    *(f"{role}.sft.{key}" for role in ROLES for key in ("batch_size", "problems")),
+    *(f"{role}.shape.{key}" for role in ROLES for key in SHAPE),
 )
 _NOT_NEGATIVE = (
     *("seed", "rollout.top_k", "rollout.min_p", "clip_eps_low", "clip_eps_high", "eval.every"),
     *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
-    *("samples.count", "eval.temperature", "student.sft.steps", "teacher.sft.steps"),
+    *("samples.count", "eval.temperature", "data.seed"),
+    *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
+    *("optimizer.b1", "optimizer.b2"),
     *("beta.init", "beta.min", "beta.delta"),
 )
 _POSITIVE = (
     *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
-    *("optimizer.eps", "reward.timeout_s"),
+    *("optimizer.eps", "reward.timeout_s", "student.sft.learning_rate"),
+    "teacher.sft.learning_rate",
 )
 
 # Keys that may change between a run and its resumption; all others shape the result.
@@ -125,10 +133,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {file} has no get_config(); see configs/demo.py")
-    config, problems = _override(module.get_config(), overrides)
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise UserError(f"--config: {_where(error, file)}: {error}; see configs/demo.py") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config: get_config() of {file} must return a ConfigDict")
+    config, problems = _override(config, overrides)
     if problems:  # name what else is wrong as well, so that one look mends it all
         try:
             validate(config)
@@ -136,6 +148,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
             problems += error.problems
         raise UserError(*problems)
     return config
+
+
+def _where(error: Exception, file: Path) -> str:
+    """'FILE:LINE' of the last frame in a config file that led to `error`."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}:{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [f"{f.filename}:{f.lineno}" for f in frames if f.filename == str(file)]
+    return f"{lines[-1] if lines else file}: {type(error).__name__}"
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
@@ -254,6 +275,7 @@ def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
         (_POSITIVE, lambda v: v > 0, "must be positive"),
         (("rollout.top_p", "rollout.min_p"), lambda v: v <= 1, "must be at most 1"),
         (("seed",), lambda v: v < 2**32, "must be below 2**32"),
+        (("optimizer.b1", "optimizer.b2"), lambda v: v < 1, "must be below 1"),
     ]
     for keys, holds, rule in checks:
         for key in keys:
@@ -268,7 +290,8 @@ def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
         if not good:
             yield f"logprob_temperature: {temperature!r} must be 'rollout' or a positive number"
     buckets = flat["data.prompt_buckets"]
-    if not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+    whole = buckets and all(type(b) is int for b in buckets)
+    if not whole or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
         yield f"data.prompt_buckets: {buckets!r} must be increasing positive lengths"
     elif buckets[-1] < flat["data.max_prompt_tokens"]:
         yield (
@@ -323,6 +346,11 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
             yield f"{key}: no folder {flat[key]}; give a Hugging Face model folder or a run's"
 
 
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this folder has got as far as its first checkpoint."""
+    return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+
+
 def compare_for_resume(old: dict[str, Any], new: ConfigDict, where: Path) -> None:
     """Refuse to continue a run whose results another config shaped.
 
@@ -337,5 +365,10 @@ def compare_for_resume(old: dict[str, Any], new: ConfigDict, where: Path) -> Non
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key) and not key.startswith(RESUMABLE_CHANGES)
     ]
+    if before.get("steps") != after["steps"] and after["optimizer.schedule"] == "cosine":
+        problems.append(
+            f"{where}: was made with steps={before.get('steps')!r}, now {after['steps']!r}, "
+            "on which the cosine schedule depends; use the old value or another --workdir"
+        )
     if problems:
         raise UserError(*problems)

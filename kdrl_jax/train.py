@@ -20,7 +20,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from kdrl_jax.cli import enable_compilation_cache, parse_config_args, run_entry
-from kdrl_jax.config import compare_for_resume, to_json, validate
+from kdrl_jax.config import compare_for_resume, digest, has_checkpoint, to_json, validate
 from kdrl_jax.data import PromptBatches, pad_prompts
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import beta_schedule
@@ -30,13 +30,14 @@ from kdrl_jax.sharding import BATCH_AXES, make_mesh, put_batch
 from kdrl_jax.training.batch import build_batch, rollout_rows
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.evaluation import completion_texts, evaluate
-from kdrl_jax.training.metrics import Display, write_atomic
+from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
 from kdrl_jax.training.problems import load_run_data, load_run_tokenizer
 from kdrl_jax.training.roles import build_role, check_roles, ends_differently, write_model_files
 from kdrl_jax.training.run import Run
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.step import Hyper, make_hyper, make_update
 from kdrl_jax.training.teacher import Teacher
+from kdrl_jax.types import UserError
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -50,7 +51,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     """
     sizes = validate(config)
     saved = workdir / "config.json"
-    if saved.exists():
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir: {workdir} is a file; give a folder")
+    if saved.exists() and has_checkpoint(workdir):
         compare_for_resume(json.loads(saved.read_text(encoding="utf-8")), config, saved)
     enable_compilation_cache(Path(config.cache_dir))
     display = Display()
@@ -65,10 +68,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     problems, held_out = load_run_data(config, tokenizer, display)
     ro, buckets = config.rollout, config.data.prompt_buckets
     batches = PromptBatches(len(problems), ro.prompts_per_step, config.seed)
+    data_digest = digest([ids for _, ids in problems])
 
     # --- Student and teacher -------------------------------------------------------------------
     shapes = check_roles(config, sizes, tokenizer, {"mesh": mesh, "teacher_mesh": teacher_mesh})
-    workdir.mkdir(parents=True, exist_ok=True)
+    lock_folder(workdir)
     write_atomic(saved, to_json(config))
     write_model_files(workdir, shapes["student"], tokenizer)
     scoring = {"valid_vocab": tokenizer.size, "chunk": config.logprob_chunk}
@@ -132,12 +136,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         state = init_state(params, optimizer, mesh)
         del params
     else:
-        state, _ = store.restore(abstract_state(student, optimizer, mesh))
+        state, meta = store.restore(abstract_state(student, optimizer, mesh))
+        if meta["data"] != data_digest:
+            raise UserError(
+                f"{config.data.path or config.data.task}: not the problems that step {start} was "
+                "trained on; restore them or use another --workdir"
+            )
         display.say(f"continuing after step {start} of {config.steps}")
 
     # --- Loop ----------------------------------------------------------------------------------
     grading = {k: config.reward[k] for k in ("workers", "timeout_s", "require_format")}
-    with Grader(**grading) as grader, Run(config, workdir, start, store, display) as run:
+    book = Run(config, workdir, start, store, display, data_digest)
+    with Grader(**grading) as grader, book as run:
 
         def evaluate_student(step: int) -> None:
             if held_out and (step % config.eval.every == 0 or step == config.steps):
@@ -177,14 +187,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 state, metrics = update(state, batch, now)
 
             step += 1
-            run.step_done(
-                step, metrics, {"beta": float(beta(step - 1))}, rollouts, verdicts, rewards
-            )
+            scalars = {"beta": float(beta(step - 1)) if teacher else 0.0}
+            run.step_done(step, metrics, scalars, rollouts, verdicts, rewards)
             run.write_samples(step, asked, texts, verdicts, rollouts)
             evaluate_student(step)
-            if step % config.checkpoint.every == 0 or step == config.steps or run.stopping:
+            if step % config.checkpoint.every == 0 or step == config.steps:
                 run.save(step, state)
-        return run.finish(step)
+        if run.stopping:
+            run.save(step, state)
+        summary = run.finish(step)
+    unlock_folder(workdir)
+    return summary
 
 
 def main(argv: list[str] | None = None) -> None:

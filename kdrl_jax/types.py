@@ -21,7 +21,7 @@ import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 Params = dict[str, Any]
 """A nested dict of arrays. Everything outside `kdrl_jax.models` sees weights only as this."""
@@ -145,6 +145,3 @@ class SamplingParams:
     max_new_tokens: Int[Array, "P G"]
     stop_ids: Int[Array, "stops"]
     """Token ids that end a completion; pad with -1."""
-
-
-Mask = Bool[Array, "..."]

@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # The demo on a fresh machine: a virtual environment, the install, the run, the picture.
 # About 10 minutes on 2 CPU cores. Run it again to continue where it was stopped.
-# Arguments go to the training command: bash launch/demo.sh --config.seed=1
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh

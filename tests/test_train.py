@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -18,9 +19,11 @@ import pytest
 from kdrl_jax import convert, report, train
 from kdrl_jax.cli import run_entry
 from kdrl_jax.data import load_tokenizer
-from kdrl_jax.models import load_hf
+from kdrl_jax.models import load_config, load_hf
+from kdrl_jax.sharding import param_shardings
 from kdrl_jax.training.checkpoints import abstract_params, restore_params
 from kdrl_jax.training.metrics import read_metrics
+from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = {
@@ -48,6 +51,7 @@ TINY = {
     "rollout.group_size": 4,
     "rollout.max_new_tokens": 10,
     "micro_batch": 8,
+    "optimizer.schedule": "constant",
     "reward.workers": 1,
     "eval.every": 3,
     "eval.problems": 6,
@@ -206,6 +210,69 @@ def test_report_draws_a_picture(whole, tmp_path):
     assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_failed_start_does_not_bind_the_folder(cache, tmp_path, capsys, monkeypatch):
+    """Weights that cannot be read, then another config: no checkpoint, nothing to protect."""
+
+    def build_role(*_):
+        raise UserError("student.path: truncated")
+
+    monkeypatch.setattr(train, "build_role", build_role)
+    refused(capsys, *command(tmp_path / "run", cache, seed=5))
+    assert (tmp_path / "run" / "config.json").exists()
+    monkeypatch.undo()
+    assert run(tmp_path / "run", cache, steps=1)[-1]["step"] == 1
+
+
+def test_an_unsupported_model(whole, cache, tmp_path, capsys):
+    bad = tmp_path / "bad"
+    shutil.copytree(whole / "model", bad)
+    (bad / "config.json").write_text('{"model_type": "mamba"}')
+    lines = refused(capsys, *command(tmp_path / "run", cache, **{"student.path": bad}))
+    assert "mamba" in lines[0]
+    assert str(bad) in lines[0]
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(cache, tmp_path, capsys):
+    argv = command(tmp_path / "run", cache, **{"checkpoint.every": 1})
+    argv += ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=0"]
+    lines = refused(capsys, *argv)
+    assert "lower optimizer.learning_rate" in lines[0]
+    kept = restore_params_of(tmp_path / "run")
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept)) or "step 1" in lines[0]
+
+
+def restore_params_of(workdir):
+    model = train.Decoder(load_config(workdir / "model"))
+    shapes = jax.eval_shape(model.init, jax.random.key(0))
+    mesh = train.make_mesh(1, 1, 1, jax.devices()[:1])
+    return restore_params(workdir, abstract_params(model, param_shardings(mesh, shapes)))
+
+
+def test_one_process_at_a_time(whole, cache, capsys):
+    with (whole / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        lines = refused(capsys, *command(whole, cache))
+    assert "in use by another process" in lines[0]
+
+
+def test_other_problems_are_noticed(whole, cache, tmp_path, capsys):
+    file = tmp_path / "problems.jsonl"
+    row = '{{"problem": "{}+1=", "answer": "{}"}}\n'
+    file.write_text("".join(row.format(i, i + 1) for i in range(1, 6)))
+    changes = {
+        "data.task": "",
+        "data.path": file,
+        "eval.every": 0,
+        "teacher.sft.task": "arithmetic",
+    }
+    changes |= {"student.sft.task": "arithmetic", "student.path": whole, "student.sft.steps": 0}
+    changes |= {"checkpoint.every": 1, "data.prompt_style": "plain"}
+    run(tmp_path / "run", cache, **changes, steps=1)
+    file.write_text("".join(row.format(i, i + 1) for i in range(2, 7)))
+    lines = refused(capsys, *command(tmp_path / "run", cache, **changes, steps=2))
+    assert f"{file}: not the problems that step 1" in lines[0]
+
+
 # --- conversion -----------------------------------------------------------------------------
 
 
@@ -270,6 +337,8 @@ def refused(capsys, *argv, main=train.main):
         ({"micro_batch": 3}, ["micro_batch: 3 does not divide"]),
         ({"micro_batch": 4, "mesh.fsdp": 8}, ["micro_batch: 4 is not a multiple of mesh.data"]),
         ({"mesh.fsdp": 3}, ["mesh.fsdp=3"]),
+        ({"teacher.sft.batch_size": 0}, ["teacher.sft.batch_size: 0 must be at least 1"]),
+        ({"data.prompt_buckets": "('a',)"}, ["data.prompt_buckets: ('a',) must be increasing"]),
         (
             {"betta.init": 1.0, "seed": "x", "micro_batch": 0, "kd_mask": "al"},
             [
@@ -288,6 +357,29 @@ def test_impossible_configs(cache, tmp_path, capsys, changes, said):
     for text in said:
         assert any(text in line for line in lines), lines
     assert not (workdir / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_is_a_file(cache, tmp_path, capsys):
+    (tmp_path / "run").write_text("")
+    lines = refused(capsys, *command(tmp_path / "run", cache))
+    assert "is a file" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("c.steps = 'five'", "TypeError"),
+        ("c.steps = = 5", "invalid syntax"),
+        ("return None", "must return a ConfigDict"),
+    ],
+)
+def test_a_broken_config_file(tmp_path, capsys, body, said):
+    file = tmp_path / "mine.py"
+    head = "from configs.demo import get_config as demo\ndef get_config():\n    c = demo()\n"
+    file.write_text(f"{head}    {body}\n    return c\n")
+    lines = refused(capsys, f"--config={file}")
+    assert said in lines[0]
+    assert str(file) in lines[0]
 
 
 def test_a_checkpoint_of_another_config(whole, cache, capsys):

@@ -356,7 +356,10 @@ def _limit(problems: list[str]) -> list[str]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no object at the top")
+        return content
     except OSError:
         raise UserError(
             f"{file}: not found; give a folder with config.json and safetensors"

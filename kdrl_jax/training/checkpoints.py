@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from kdrl_jax.types import Params, TrainState, UserError
@@ -118,10 +119,10 @@ def restore_params(folder: Path, like: Params, step: int | None = None) -> Param
             raise UserError(f"{where}/{step}: does not fit model/config.json ({reason})") from error
 
 
-def abstract_params(model: Any, shardings: Any) -> Params:
-    """Shapes of a model's weights with shardings, to restore into."""
+def abstract_params(model: Any, shardings: Any, dtype: Any = jnp.float32) -> Params:
+    """Shapes of a model's weights with shardings, to restore into as `dtype`."""
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
         jax.eval_shape(model.init, jax.random.key(0)),
         shardings,
     )

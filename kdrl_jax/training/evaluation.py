@@ -44,6 +44,7 @@ def evaluate(
     The last batch is filled up with repeats, which count for nothing; the keys do not depend on
     the training step, so two evaluations differ by the policy alone.
     """
+    batch = min(batch, len(problems))
     verdicts: list[Verdict] = []
     lengths: list[float] = []
     truncated: list[bool] = []

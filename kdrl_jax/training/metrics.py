@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from kdrl_jax.types import UserError
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -58,6 +61,7 @@ class MetricsWriter:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Flush and close both files."""
         self._file.close()
         self._board.close()
 
@@ -74,6 +78,35 @@ def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
             if up_to is None or row["step"] <= up_to:
                 rows.append(row)
     return rows
+
+
+_LOCKS: dict[Path, TextIO] = {}
+
+
+def lock_folder(folder: Path) -> None:
+    """Make `folder` and hold it for this process, until `unlock_folder` or the process ends.
+
+    Raises:
+      UserError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if folder.resolve() in _LOCKS:  # left by an attempt that failed in this process
+        return
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(
+            f"--workdir: {folder} is in use by another process; wait for it or give another folder"
+        ) from error
+    _LOCKS[folder.resolve()] = file
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let other processes have `folder`."""
+    if file := _LOCKS.pop(folder.resolve(), None):
+        file.close()
 
 
 def write_atomic(path: Path, text: str) -> None:
@@ -94,7 +127,6 @@ class Display:
 
     def __init__(self, quiet: bool = False):
         self.console = Console(file=sys.stdout, highlight=False, quiet=quiet, soft_wrap=True)
-        self._progress: Progress | None = None
 
     def say(self, text: str) -> None:
         """One line of plain text."""
@@ -142,6 +174,7 @@ class Track:
             self._printed = now
 
     def close(self) -> None:
+        """Stop the bar, which stays on the screen."""
         if self._bar:
             self._bar.stop()
             self._bar = None

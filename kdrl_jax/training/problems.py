@@ -43,8 +43,9 @@ def load_run_data(
         held_out = task.problems(config.eval.problems, data.seed, split="test")
     else:
         training = load_problems(Path(data.path), data.fields)
-        held_out = load_problems(Path(data.eval_path), data.fields) if data.eval_path else []
-    encoded = _encode(training, config, tokenizer, display, "training problems")
+        wanted = data.eval_path and config.eval.every
+        held_out = load_problems(Path(data.eval_path), data.fields) if wanted else []
+    encoded = _encode(training, config, tokenizer, display, "training problems", data.path)
     if len(encoded) < config.rollout.prompts_per_step:
         raise UserError(
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the "
@@ -52,17 +53,23 @@ def load_run_data(
         )
     if not config.eval.every:
         return encoded, []
-    test = _encode(held_out[: config.eval.problems], config, tokenizer, display, "held out")
+    held_out = held_out[: config.eval.problems]
+    test = _encode(held_out, config, tokenizer, display, "held-out problems", data.eval_path)
     return encoded, test
 
 
 def _encode(
-    problems: list[Problem], config: ConfigDict, tokenizer: Tokenizer, display: Display, what: str
+    problems: list[Problem],
+    config: ConfigDict,
+    tokenizer: Tokenizer,
+    display: Display,
+    what: str,
+    path: str,
 ) -> list[EncodedProblem]:
     style, limit = config.data.prompt_style, config.data.max_prompt_tokens
     kept, report = encode_prompts(problems, tokenizer, style, limit)
     display.say(f"{what}: {report}")
     if not kept:
-        source = config.data.path or config.data.task
+        source = path or config.data.task
         raise UserError(f"{source}: no {what} left after filtering ({report})")
     return kept

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax.config import Sizes, digest
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
-from kdrl_jax.models import Decoder, ModelConfig, load_hf
+from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf
 from kdrl_jax.sharding import param_shardings
 from kdrl_jax.tasks.registry import TASKS
 from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
@@ -37,10 +38,10 @@ def read_model_config(path: str | Path) -> ModelConfig:
     Raises:
       UserError: no config.json, or a model that is not supported.
     """
-    file = model_folder(path) / "config.json"
-    if not file.is_file():
+    folder = model_folder(path)
+    if not (folder / "config.json").is_file():
         raise UserError(f"{path}: holds no config.json; give a Hugging Face or run folder")
-    return ModelConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+    return load_config(folder)
 
 
 def model_config(role: ConfigDict, tokenizer: Tokenizer, window: int) -> ModelConfig:
@@ -127,23 +128,23 @@ def build_role(
     """
     role = config[name]
     shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
-    # Float32 master weights to train; a teacher that only scores keeps its compute dtype.
-    trained = name == "student" or role.sft.steps > 0
-    dtype = "float32" if trained else role.dtype
+    # Float32 master weights to train; a teacher that only scores has its compute dtype.
+    final = jnp.dtype("float32" if name == "student" else role.dtype)
+    dtype = jnp.dtype("float32") if role.sft.steps else final
     kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config, tokenizer)}"
     if role.sft.steps and kept.is_dir():
         display.say(f"{name}: from {kept}")
-        return restore_params(kept, abstract_params(model, shardings))
+        return restore_params(kept, abstract_params(model, shardings, final))
     if not role.path:
         params = init_params(model, jax.random.key(role.sft.seed), mesh)
     elif (Path(role.path) / "checkpoints").is_dir():
-        params = restore_params(Path(role.path), abstract_params(model, shardings))
+        params = restore_params(Path(role.path), abstract_params(model, shardings, dtype))
     else:
         _, params = load_hf(role.path, mesh=mesh, dtype=dtype)
     if role.sft.steps:
         params = _fine_tune(name, config, model, params, tokenizer, mesh, display)
         keep_model(kept, model.config, tokenizer, lambda folder: save_params(folder, params))
-    return params
+    return jax.tree.map(lambda x: x.astype(final), params)
 
 
 def ends_differently(config: ConfigDict, tokenizer: Tokenizer) -> bool:
@@ -164,6 +165,10 @@ def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> st
     if role.sft.steps:
         task = TASKS[role.sft.task or config.data.task]
         parts.append([task.solution(p) for p in task.problems(2, config.data.seed)])
+    if role.path:  # other weights under the same name are another model
+        files = sorted(Path(role.path).glob("*.safetensors"))
+        parts += [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+        parts += sorted(p.name for p in (Path(role.path) / "checkpoints").glob("*"))
     return digest([*parts, sorted(tokenizer.vocab())])
 
 

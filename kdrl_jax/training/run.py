@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import signal
 import time
@@ -25,7 +26,7 @@ from kdrl_jax.training.metrics import (
     write_atomic,
 )
 from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
-from kdrl_jax.types import Rollouts, TrainState, Verdict
+from kdrl_jax.types import Rollouts, TrainState, UserError, Verdict
 
 
 class StopRequest:
@@ -68,6 +69,7 @@ class Run:
 
     Args:
       start: updates already made; lines of `metrics.jsonl` after it are dropped.
+      data: digest of the problems, kept with each checkpoint.
     """
 
     def __init__(
@@ -77,7 +79,9 @@ class Run:
         start: int | None,
         store: CheckpointStore,
         display: Display,
+        data: str,
     ):
+        self._data = data
         self.config, self.workdir, self.store = config, workdir, store
         self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
         self.stopping = StopRequest()
@@ -133,6 +137,12 @@ class Run:
         assert self._pending
         step, _, _ = self._pending
         self._pending = None
+        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient/norm"])):
+            saved = self.store.latest_step()
+            raise UserError(
+                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient/norm']}; "
+                f"lower optimizer.learning_rate or beta; the newest checkpoint is step {saved}"
+            )
         self._writer.write(step, dict(sorted(numbers.items())))
         shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
         if "kl/teacher" in numbers:
@@ -168,8 +178,9 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
         self.settle()
-        meta = {"step": step, "seed": self.config.seed, "data_position": step}
-        self.store.save(step, state, meta)
+        if self.store.latest_step() != step:
+            meta = {"step": step, "seed": self.config.seed, "data_position": step}
+            self.store.save(step, state, meta | {"data": self._data})
         self.clock.lap("checkpoint")
 
     def finish(self, step: int) -> dict[str, Any]:
