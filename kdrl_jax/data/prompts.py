@@ -95,16 +95,17 @@ def pad_prompts(prompts: Sequence[Sequence[int]], buckets: Sequence[int], pad_id
     Raises:
       UserError: a prompt is longer than every bucket.
     """
-    lengths = np.array([len(ids) for ids in prompts], np.int32)
-    if not len(lengths) or not lengths.all():
+    lengths = [len(ids) for ids in prompts]
+    if not all(lengths) or not lengths:
         raise ValueError("every prompt must have a token")
-    width = min((b for b in buckets if b >= lengths.max()), default=None)
+    longest = max(lengths)
+    width = min((b for b in buckets if b >= longest), default=None)
     if width is None:
         raise UserError(
-            f"data.prompt_buckets: {tuple(buckets)} has no room for a prompt of {lengths.max()} "
+            f"data.prompt_buckets: {tuple(buckets)} has no room for a prompt of {longest} "
             "tokens; add a longer one or lower data.max_prompt_tokens"
         )
     tokens = np.full((len(prompts), width), pad_id, np.int32)
     for row, ids in zip(tokens, prompts, strict=True):
         row[width - len(ids) :] = ids
-    return Prompts(tokens, lengths)
+    return Prompts(tokens, np.array(lengths, np.int32))
