@@ -3,6 +3,7 @@
 Expected gradients are proved in test_gradients.py, which also lists mutations.
 """
 
+import functools
 import types
 
 import jax
@@ -133,7 +134,11 @@ def test_on_policy_is_old_log_probs_equal_to_log_probs(rng):
 
 @pytest.mark.parametrize("kd_estimator", ["k1", "k2", "k3"])
 def test_without_teacher_and_beta_zero_are_grpo(rng, kd_estimator):
-    """To the bit: no teacher, β = 0 (known or traced) with a broken teacher, no kd_weights."""
+    """No teacher, β = 0 (known or traced) with a broken teacher, no kd_weights.
+
+    Equal to an ulp: two programs that the compiler need not fuse alike.
+    """
+    close = functools.partial(np.testing.assert_allclose, rtol=5e-7, atol=0)
     log_probs, batch, _ = random_batch(rng)
     batch = {k: jnp.asarray(v, jnp.float32) for k, v in batch.items()}
     broken = jnp.full(SHAPE, -jnp.inf).at[0].set(jnp.nan)
@@ -163,7 +168,7 @@ def test_without_teacher_and_beta_zero_are_grpo(rng, kd_estimator):
         (batch | {"teacher_log_probs": zeros, "kd_weights": zeros}, 0.3),
     ]
     for changed, beta in cases:
-        jax.tree.map(np.testing.assert_array_equal, found(x, changed, beta), expected)
+        jax.tree.map(close, found(x, changed, beta), expected)
     metrics = kdrl_loss(x, types.SimpleNamespace(**cases[0][0]), beta=0.3)[1]
     assert not any(name.startswith("kl/") for name in metrics)
 
