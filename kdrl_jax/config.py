@@ -24,6 +24,8 @@ from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
+ROLES = ("student", "teacher")
+
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": ("kdrl", "grpo", "kd_rkl"),
     "kd_estimator": ("k1", "k2", "k3"),
@@ -40,13 +42,12 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("constant", "cosine"),
     "data.task": ("", "arithmetic"),
     "data.prompt_style": ("kdrl", "zero_rl", "chat", "plain"),
-    **{f"{role}.dtype": ("float32", "bfloat16") for role in ("student", "teacher")},
-    **{f"{role}.sft.task": ("", "arithmetic") for role in ("student", "teacher")},
-    **{f"{role}.remat": ("none", "dots", "full") for role in ("student", "teacher")},
-    **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ("student", "teacher")},
+    **{f"{role}.dtype": ("float32", "bfloat16") for role in ROLES},
+    **{f"{role}.sft.task": ("", "arithmetic") for role in ROLES},
+    **{f"{role}.remat": ("none", "dots", "full") for role in ROLES},
+    **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ROLES},
 }
 
-ROLES = ("student", "teacher")
 SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
 _AT_LEAST_ONE = (
     *("steps", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
@@ -324,7 +325,7 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
         )
     if not flat["data.task"] and flat["eval.every"] and not flat["data.eval_path"]:
         yield "data.eval_path: empty, but eval.every is not 0; give a JSONL file or eval.every=0"
-    for role in ("student", "teacher"):
+    for role in ROLES:
         if flat[f"{role}.sft.steps"] and not (flat[f"{role}.sft.task"] or flat["data.task"]):
             yield (
                 f"{role}.sft.task: empty, as is data.task, and {role}.sft.steps needs worked "
@@ -337,9 +338,9 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
             f"micro_batch: {flat['micro_batch']} does not divide the "
             f"{flat['rollout.prompts_per_step']} x {group} rollouts of a step"
         )
-    for key, need in (("data.path", "data.path"), ("data.eval_path", "data.eval_path")):
+    for key in ("data.path", "data.eval_path"):
         if flat[key] and not Path(flat[key]).is_file():
-            yield f"{need}: no file {flat[key]}"
+            yield f"{key}: no file {flat[key]}"
     for key in ("student.path", "teacher.path", "tokenizer"):
         needed = objective != "grpo" or key != "teacher.path"
         if flat[key] and needed and not Path(flat[key]).is_dir():

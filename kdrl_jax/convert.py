@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 
 from kdrl_jax.cli import run_entry
@@ -47,8 +46,9 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
         raise UserError(f"--checkpoint: {run} holds no model/config.json; give a run's folder")
     model = Decoder(read_model_config(run))
     mesh = make_mesh(fsdp=-1, data=1)
-    shapes = jax.eval_shape(model.init, jax.random.key(0))
-    params = restore_params(run, abstract_params(model, param_shardings(mesh, shapes)), step)
+    params = restore_params(
+        run, abstract_params(model, param_shardings(mesh, model.shapes())), step
+    )
     tokenizer = load_tokenizer(run / "model")
     save_hf(
         output,

@@ -1,4 +1,4 @@
-"""Eight simulated CPU devices, one compilation cache, and strict NumPy-style promotion."""
+"""Eight simulated CPU devices, no network, and strict NumPy-style promotion."""
 
 import os
 

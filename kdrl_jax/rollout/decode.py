@@ -13,6 +13,14 @@ from kdrl_jax.sharding import constrain
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, KVCache, Params, Rollouts, SamplingParams
 
 
+def prompt_layout(
+    lengths: Int[Array, "P"], slots: int
+) -> tuple[Int[Array, "P S"], Bool[Array, "P S"]]:
+    """Positions and real tokens of prompts left-padded to `slots`; padding is at position 0."""
+    offsets = jnp.arange(slots)[None, :] - (slots - lengths)[:, None]
+    return jnp.maximum(offsets, 0), offsets >= 0
+
+
 class _Loop(NamedTuple):
     """What the decode loop carries; `slot` is where the next token goes."""
 
@@ -53,10 +61,9 @@ def generate(
     groups, size = keys.shape
     # Cast the weights once, not once a token.
     params = model.cast(params)
-    offsets = jnp.arange(slots)[None, :] - (slots - prompt_lengths)[:, None]
-    prompt_mask = offsets >= 0
+    positions, prompt_mask = prompt_layout(prompt_lengths, slots)
     hidden, prompt_cache = model.prefill(
-        params, prompt_tokens, jnp.maximum(offsets, 0), prompt_mask.astype(jnp.int32)
+        params, prompt_tokens, positions, prompt_mask.astype(jnp.int32)
     )
     last = jnp.broadcast_to(hidden[:, -1:], (groups, size, hidden.shape[-1]))
     limits = jnp.clip(sampling.max_new_tokens, 1, length)

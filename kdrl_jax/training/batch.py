@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kdrl_jax.objectives import group_advantages, kd_weights, token_weights
 from kdrl_jax.objectives.advantages import Baseline, Scale
+from kdrl_jax.rollout.decode import prompt_layout
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import FINISH_EOS, Rollouts, TrainBatch
 
@@ -30,12 +31,12 @@ def to_rows(
 ) -> Rows:
     """Join prompts and completions; positions count real tokens, segment id 0 is padding."""
     s, t = prompt_tokens.shape[1], completions.shape[1]
-    before = jnp.arange(s)[None, :] - (s - prompt_lengths)[:, None]
+    before, in_prompt = prompt_layout(prompt_lengths, s)
     after = jnp.arange(t)[None, :]
     positions = jnp.concatenate([before, prompt_lengths[:, None] + after], axis=1)
-    real = jnp.concatenate([before >= 0, after < lengths[:, None]], axis=1)
+    real = jnp.concatenate([in_prompt, after < lengths[:, None]], axis=1)
     tokens = jnp.concatenate([prompt_tokens, completions], axis=1)
-    return Rows(tokens, jnp.maximum(positions, 0), real.astype(jnp.int32))
+    return Rows(tokens, positions, real.astype(jnp.int32))
 
 
 @jax.jit

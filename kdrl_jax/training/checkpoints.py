@@ -123,6 +123,6 @@ def abstract_params(model: Any, shardings: Any, dtype: Any = jnp.float32) -> Par
     """Shapes of a model's weights with shardings, to restore into as `dtype`."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
-        jax.eval_shape(model.init, jax.random.key(0)),
+        model.shapes(),
         shardings,
     )

@@ -127,7 +127,7 @@ def build_role(
       name: 'student' or 'teacher', a section of `config`.
     """
     role = config[name]
-    shardings = param_shardings(mesh, jax.eval_shape(model.init, jax.random.key(0)))
+    shardings = param_shardings(mesh, model.shapes())
     # Float32 master weights to train; a teacher that only scores has its compute dtype.
     final = jnp.dtype("float32" if name == "student" else role.dtype)
     dtype = jnp.dtype("float32") if role.sft.steps else final

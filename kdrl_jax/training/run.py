@@ -178,9 +178,8 @@ class Run:
     def save(self, step: int, state: TrainState) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
         self.settle()
-        if self.store.latest_step() != step:
-            meta = {"step": step, "seed": self.config.seed, "data_position": step}
-            self.store.save(step, state, meta | {"data": self._data})
+        meta = {"step": step, "seed": self.config.seed, "data_position": step, "data": self._data}
+        self.store.save(step, state, meta)
         self.clock.lap("checkpoint")
 
     def finish(self, step: int) -> dict[str, Any]:

@@ -39,8 +39,7 @@ def make_optimizer(
 
 def init_params(model: Any, key: jax.Array, mesh: Mesh) -> Params:
     """Random float32 weights; no device ever holds more than its own shards."""
-    shapes = jax.eval_shape(model.init, key)
-    return jax.jit(model.init, out_shardings=param_shardings(mesh, shapes))(key)
+    return jax.jit(model.init, out_shardings=param_shardings(mesh, model.shapes()))(key)
 
 
 def init_state(params: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
