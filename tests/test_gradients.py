@@ -1,9 +1,9 @@
 """Expected gradients of the objectives by exact enumeration, on a vocabulary of five tokens.
 
-A policy is a table of logits: row 0 for the first token, row 1 + a for the second token after a.
-Every sequence is enumerated and weighted by the probability with which it would be sampled, so
-one call of the loss gives the exact expectation. The oracles are closed forms in float64 NumPy,
-themselves checked against finite differences; no autodiff on that side.
+One call of the loss over all sequences of `enumeration`, weighted by their probabilities, gives
+the exact expectation; the oracles are closed forms, themselves checked against finite differences.
+Estimators from distributions are in test_distributions.py, TRRD is in test_trrd.py; so are
+their mutations.
 
 Mutations of kdrl_jax/objectives, each applied alone by hand; the tests that then failed (one of
 them named, of this file unless another is given):
@@ -52,6 +52,66 @@ them named, of this file unless another is given):
         test_logprobs.py::test_gradients
     logprobs: valid_vocab ignored
         test_logprobs.py::test_gradients
+    _terms: importance weight not truncated
+        test_kdrl_loss.py::test_every_option_against_loops
+    _terms: importance weight inverted
+        test_kdrl_loss.py::test_every_option_against_loops
+    _terms: importance weights in the entropy bonus
+        test_kdrl_loss.py::test_every_option_against_loops
+    _terms: reference log-ratio negated
+        test_kdrl_loss.py::test_every_option_against_loops
+    _terms: reference term without ρ
+        test_kdrl_loss.py::test_every_option_against_loops
+    _terms: reference read where its coefficient is 0
+        test_kdrl_loss.py::test_without_teacher_and_beta_zero_are_grpo
+    _terms: importance weights not in the reference term
+        test_kdrl_loss.py::test_every_option_against_loops
+    kdrl: policy_coef on the distillation term
+        test_kdrl_loss.py::test_every_option_against_loops
+    kdrl: policy_coef ignored
+        test_kdrl_loss.py::test_every_option_against_loops
+    kdrl: ratio on the given divergence
+        test_kdrl_loss.py::test_every_option_against_loops
+    _terms: given divergence without gradient
+        test_kdrl_loss.py::test_masked_tokens_do_not_exist
+    kdrl: divergence read where β is 0
+        test_kdrl_loss.py::test_beta_zero_does_not_read_the_distribution
+    kdrl: importance weights not in the distillation term
+        test_kdrl_loss.py::test_every_option_against_loops
+    logprobs: repeated ids set, not added
+        test_logprobs.py::test_support_values_and_gradients
+    logprobs: softmax part of the support's gradient missing
+        test_logprobs.py::test_support_values_and_gradients
+    logprobs: unknown ids of the support not masked
+        test_logprobs.py::test_support_ids_outside_the_vocabulary
+    logprobs: top tokens not normalised
+        test_logprobs.py::test_top_tokens_against_sorting
+    logprobs: gradient through top tokens
+        test_logprobs.py::test_top_tokens_against_sorting
+    schedules: first step counts as stalled
+        test_schedules.py::test_adaptive_against_a_loop
+    schedules: fast and slow swapped
+        test_schedules.py::test_adaptive_against_a_loop
+    schedules: equal averages are progress
+        test_schedules.py::test_adaptive_follows_the_reward
+    schedules: distance ignored
+        test_schedules.py::test_adaptive_against_a_loop
+    schedules: phase begins one step late
+        test_schedules.py::test_phases
+    schedules: floor above the start let pass for adaptive
+        test_schedules.py::test_a_floor_above_the_start
+    rewards: sign of the shaping
+        test_objectives.py::test_shaped_rewards_against_loops
+    rewards: nan of the teacher in the shaping
+        test_objectives.py::test_shaped_rewards_against_loops
+    rewards: padding in the shaping
+        test_objectives.py::test_shaped_rewards_against_loops
+    rewards: overlong penalty without its bound
+        test_objectives.py::test_overlong_penalty_of_dapo
+    _terms: importance weights on trained tokens only
+        test_kdrl_loss.py::test_every_option_against_loops
+    schedules: no cap at init
+        test_schedules.py::test_adaptive_stays_at_init_when_the_distance_grows
 
 Two more are equivalent and fail nothing: masking the log-ratio after the subtraction in place of
 before it, and freezing the old log-probs at only one of the two places that do.
@@ -63,112 +123,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from enumeration import (
+    LENGTHS,
+    VOCAB,
+    close,
+    finite_difference,
+    forward_kl,
+    forward_kl_gradient,
+    log_softmax,
+    loss_gradient,
+    prefix_probs,
+    reverse_kl,
+    reverse_kl_gradient,
+    score,
+    sequence_probs,
+    sequences,
+    table,
+    token_values,
+)
 
 from kdrl_jax.objectives import kdrl_loss
-
-VOCAB = 5
-LENGTHS = [1, 2]
-
-
-def table(seed: int, length: int, scale: float = 1.0) -> np.ndarray:
-    rows = 1 if length == 1 else 1 + VOCAB
-    return np.random.default_rng(seed).normal(size=(rows, VOCAB)) * scale
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    logits = np.asarray(logits, np.float64)
-    top = logits.max(-1, keepdims=True)
-    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
-
-
-def sequences(length: int) -> tuple[np.ndarray, np.ndarray]:
-    """All sequences `[N, length]` and the table row that each token is drawn from."""
-    if length == 1:
-        tokens = np.arange(VOCAB)[:, None]
-        return tokens, np.zeros_like(tokens)
-    a, b = (x.ravel() for x in np.meshgrid(np.arange(VOCAB), np.arange(VOCAB), indexing="ij"))
-    return np.stack([a, b], 1), np.stack([np.zeros_like(a), 1 + a], 1)
-
-
-def prefix_probs(logits: np.ndarray) -> np.ndarray:
-    """Probability of reaching each row of the table."""
-    p = np.exp(log_softmax(logits))
-    return np.ones(1) if len(p) == 1 else np.concatenate([[1.0], p[0]])
-
-
-def reverse_kl_gradient(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> np.ndarray:
-    """Σ_s reach(s)·∇KL(π_θ(·|s)‖π_T(·|s)): of a softmax, π_k·(ℓ_k − KL)."""
-    log_p, log_t = log_softmax(student), log_softmax(teacher)
-    p, ell = np.exp(log_p), log_p - log_t
-    return reach[:, None] * p * (ell - (p * ell).sum(-1, keepdims=True))
-
-
-def forward_kl_gradient(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> np.ndarray:
-    """Σ_s reach(s)·∇KL(π_T(·|s)‖π_θ(·|s)): of a softmax, π_k − π_T,k."""
-    return reach[:, None] * (np.exp(log_softmax(student)) - np.exp(log_softmax(teacher)))
-
-
-def reverse_kl(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> float:
-    log_p, log_t = log_softmax(student), log_softmax(teacher)
-    return float((reach * (np.exp(log_p) * (log_p - log_t)).sum(-1)).sum())
-
-
-def forward_kl(student: np.ndarray, teacher: np.ndarray, reach: np.ndarray) -> float:
-    return reverse_kl(teacher, student, reach)
-
-
-def score(student: np.ndarray, length: int, per_token: np.ndarray) -> np.ndarray:
-    """Σ_sequences Σ_t per_token·∇log π_θ(token), ∇log π of a softmax being onehot − π."""
-    tokens, rows = sequences(length)
-    p, out = np.exp(log_softmax(student)), np.zeros_like(student)
-    for c, token, row in zip(per_token.ravel(), tokens.ravel(), rows.ravel(), strict=True):
-        out[row] += c * (np.eye(VOCAB)[token] - p[row])
-    return out
-
-
-def finite_difference(f, x: np.ndarray, step: float = 1e-6) -> np.ndarray:
-    out = np.zeros_like(x)
-    for i in np.ndindex(x.shape):
-        up, down = x.copy(), x.copy()
-        up[i], down[i] = up[i] + step, down[i] - step
-        out[i] = (f(up) - f(down)) / (2 * step)
-    return out
-
-
-def token_values(logits: np.ndarray, length: int) -> np.ndarray:
-    """log π of every token of every sequence `[N, length]`."""
-    tokens, rows = sequences(length)
-    return log_softmax(logits)[rows, tokens]
-
-
-def sequence_probs(logits: np.ndarray, length: int) -> np.ndarray:
-    """Probability of each sequence, repeated for its tokens `[N, length]`."""
-    total = np.exp(token_values(logits, length).sum(1, keepdims=True))
-    return np.broadcast_to(total, (len(total), length))
-
-
-def loss_gradient(
-    student, length, *, teacher, weights, old=None, advantages=None, kd_weights=None, **options
-) -> np.ndarray:
-    """∇ of `kdrl_loss` over all sequences in the student's table, by autodiff."""
-    tokens, rows = sequences(length)
-    zeros = np.zeros(tokens.shape)
-    batch = types.SimpleNamespace(
-        old_log_probs=None if old is None else jnp.asarray(token_values(old, length)),
-        teacher_log_probs=jnp.asarray(token_values(teacher, length)),
-        advantages=jnp.asarray(zeros if advantages is None else advantages),
-        weights=jnp.asarray(weights),
-        kd_weights=jnp.asarray(weights if kd_weights is None else kd_weights),
-    )
-
-    def loss(logits):
-        return kdrl_loss(jax.nn.log_softmax(logits)[rows, tokens], batch, **options)[0]
-
-    return np.asarray(jax.grad(loss)(jnp.asarray(student, jnp.float32)))
-
-
-def close(found, expected):
-    np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("length", LENGTHS)

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdrl_jax.objectives import token_log_probs
+from kdrl_jax.objectives import support_log_probs, token_log_probs, top_tokens
 from kdrl_jax.sharding import BATCH_AXES, make_mesh
 
 R, T, D, V, VALID = 3, 10, 6, 11, 9
@@ -171,6 +171,124 @@ def test_errors_name_the_argument(rng, change, message):
         token_log_probs(**args)
 
 
+# --- more ids than the target -----------------------------------------------------------------
+
+
+def supports(rng, rows=R, length=T, valid=VALID, k=4):
+    """Random ids, repeated ones among them."""
+    return jnp.asarray(rng.integers(0, valid, (rows, length, k)), jnp.int32)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 512])
+def test_support_values_and_gradients(rng, chunk):
+    """Of a random combination of the three outputs, against autodiff of the unchunked formula."""
+    hidden, head, targets = inputs(rng)
+    support = supports(rng)
+    assert any(len(set(ids)) < 4 for ids in np.asarray(support).reshape(-1, 4))
+    a, b = (jnp.asarray(rng.normal(size=(R, T)), jnp.float32) for _ in range(2))
+    c = jnp.asarray(rng.normal(size=(R, T, 4)), jnp.float32)
+
+    def combine(x, y, z):
+        return jnp.sum(a * x) + jnp.sum(b * y) + jnp.sum(c * z)
+
+    def chunked(hidden, head):
+        outputs = support_log_probs(
+            hidden, head, targets, support, temperature=TAU, valid_vocab=VALID, chunk=chunk
+        )
+        return combine(*outputs), outputs
+
+    def unchunked(hidden, head):
+        log_p = jax.nn.log_softmax((hidden @ head.T)[..., :VALID] / TAU)
+        outputs = (*naive(hidden, head, targets, TAU, VALID),
+                   jnp.take_along_axis(log_p, support, -1))  # fmt: skip
+        return combine(*outputs), outputs
+
+    found, expected = (
+        jax.jit(jax.value_and_grad(f, (0, 1), has_aux=True))(hidden, head)
+        for f in (chunked, unchunked)
+    )
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-5), found, expected
+    )
+    np.testing.assert_array_equal(found[1][1][VALID:], 0.0)
+
+
+def test_support_changes_nothing_of_the_target(rng):
+    """Log-prob, entropy and their gradients are those of `token_log_probs` to the bit."""
+    hidden, head, targets = inputs(rng)
+    support, options = supports(rng), {"temperature": TAU, "valid_vocab": VALID, "chunk": 7}
+
+    def alone(hidden, head):
+        x, y = token_log_probs(hidden, head, targets, **options)
+        return (x + 0.3 * y).sum(), (x, y)
+
+    def among_others(hidden, head):
+        x, y, _ = support_log_probs(hidden, head, targets, support, **options)
+        return (x + 0.3 * y).sum(), (x, y)
+
+    results = [
+        jax.value_and_grad(f, (0, 1), has_aux=True)(hidden, head) for f in (alone, among_others)
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *results)
+
+
+def test_support_ids_outside_the_vocabulary(rng):
+    hidden, head, targets = inputs(rng)
+    support = supports(rng).at[0, 0].set(jnp.array([VALID, -1, V + 3, 2]))
+    outside = np.zeros(support.shape, bool)
+    outside[0, 0, :3] = True
+
+    def total(hidden, mask):
+        x = support_log_probs(
+            hidden, head, targets, support, temperature=TAU, valid_vocab=VALID, chunk=8
+        )[2]
+        return jnp.where(mask, 0.0, x).sum(), x
+
+    f = jax.jit(jax.grad(total, has_aux=True))
+    gradient, x = f(hidden, outside)
+    np.testing.assert_array_equal(np.isneginf(x), outside)
+    assert np.isfinite(np.asarray(gradient)).all()
+    assert np.asarray(gradient)[0, 0].any()
+    # Nor from a cotangent that is not 0.
+    np.testing.assert_array_equal(f(hidden, np.zeros_like(outside))[0], gradient)
+
+
+@pytest.mark.parametrize(("k", "chunk"), [(1, 7), (4, 1), (VALID, 512)])
+def test_top_tokens_against_sorting(rng, k, chunk):
+    hidden, head, _ = inputs(rng)
+    f = jax.jit(lambda *a: top_tokens(*a, k, temperature=TAU, valid_vocab=VALID, chunk=chunk))
+    ids, log_probs = f(hidden, head)
+    assert (ids.dtype, log_probs.dtype) == (jnp.int32, jnp.float32)
+    every = np.stack(
+        [oracle(hidden, head, np.full((R, T), v), TAU, VALID)[0] for v in range(VALID)], -1
+    )
+    order = np.argsort(-every, axis=-1)[..., :k]
+    np.testing.assert_array_equal(ids, order)
+    expected = np.take_along_axis(every, order, -1)
+    np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-5)
+    into = jax.grad(lambda h: top_tokens(h, head, k, temperature=TAU, valid_vocab=VALID)[1].sum())
+    np.testing.assert_array_equal(into(hidden), 0.0)
+
+
+def test_top_tokens_of_equals_are_the_first(rng):
+    ids, log_probs = top_tokens(
+        jnp.zeros((1, 2, D)), jnp.zeros((V, D)), 3, temperature=0.0, valid_vocab=VALID
+    )
+    np.testing.assert_array_equal(ids, [[[0, 1, 2]] * 2])
+    np.testing.assert_allclose(log_probs, -np.log(VALID), rtol=1e-6)
+
+
+def test_errors_of_more_ids(rng):
+    hidden, head, targets = inputs(rng)
+    options = {"temperature": 1.0, "valid_vocab": VALID}
+    for shape in ((R, T), (R, T + 1, 4)):
+        with pytest.raises(ValueError, match=r"^support: shape"):
+            support_log_probs(hidden, head, targets, jnp.zeros(shape, jnp.int32), **options)
+    for k in (0, VALID + 1):
+        with pytest.raises(ValueError, match=rf"^k: {k} found; must be from 1 to valid_vocab=9"):
+            top_tokens(hidden, head, k, **options)
+
+
 # --- memory ----------------------------------------------------------------------------------
 
 
@@ -209,6 +327,21 @@ def test_memory(rng):
         assert size == (everything if holds_all else one_chunk)
         temporaries = jax.jit(both).lower(hidden, head).compile().memory_analysis()
         assert (temporaries.temp_size_in_bytes >= 4 * everything) == holds_all
+    support = supports(rng, rows, length, vocab)
+
+    def of_support(hidden, head):
+        outputs = support_log_probs(
+            hidden, head, targets, support, temperature=1.0, valid_vocab=vocab, chunk=chunk
+        )
+        return sum(x.sum() for x in outputs)
+
+    def of_top(hidden, head):
+        return top_tokens(hidden, head, 4, temperature=1.0, valid_vocab=vocab, chunk=chunk)
+
+    for f in (jax.value_and_grad(of_support, (0, 1)), of_top):
+        assert largest(jax.make_jaxpr(f)(hidden, head).jaxpr) == one_chunk
+        temporaries = jax.jit(f).lower(hidden, head).compile().memory_analysis()
+        assert temporaries.temp_size_in_bytes < 4 * everything / 2
     # The bound that matters: a few chunks of logits beside copies of [R, T, D].
     temporaries = jax.jit(jax.value_and_grad(chunked, (0, 1))).lower(hidden, head).compile()
     used = temporaries.memory_analysis().temp_size_in_bytes
@@ -218,18 +351,19 @@ def test_memory(rng):
 # --- eight devices ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
-@pytest.mark.parametrize("rows", [8, 3])
+@pytest.mark.parametrize(("sizes", "rows"), [((2, 2, 2), 8), ((1, 4, 2), 3)])
 def test_split_over_devices(rng, sizes, rows):
     """Rows over data and fsdp, head over tensor and fsdp: the values of one device."""
     hidden, head, targets = inputs(rng, rows, 12, 8, 16, 14)
     a = jnp.asarray(rng.normal(size=targets.shape), jnp.float32)
+    options = {"temperature": TAU, "valid_vocab": 14, "chunk": 6}
 
     def loss(hidden, head, targets, a):
-        log_probs, entropy = token_log_probs(
-            hidden, head, targets, temperature=TAU, valid_vocab=14, chunk=6
-        )
-        return jnp.sum(a * log_probs + a * a * entropy), (log_probs, entropy)
+        log_probs, entropy = token_log_probs(hidden, head, targets, **options)
+        ids, top = top_tokens(hidden, head, 3, **options)
+        *_, of_top = support_log_probs(hidden, head, targets, ids, **options)
+        terms = a * log_probs + a * a * entropy + a * of_top[..., 0] - of_top[..., 2]
+        return jnp.sum(terms), (log_probs, entropy, ids, top, of_top)
 
     f = jax.value_and_grad(loss, (0, 1), has_aux=True)
     expected = jax.jit(f)(hidden, head, targets, a)

@@ -1,4 +1,4 @@
-"""Advantages, weights and schedules, against literals and loops in float64 NumPy."""
+"""Advantages, weights, rewards and methods, against literals and loops in float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +7,14 @@ import pytest
 
 from kdrl_jax.objectives import (
     AGGREGATIONS,
-    beta_schedule,
+    METHODS,
+    Method,
     group_advantages,
     kd_weights,
+    overlong_penalty,
+    shaped_rewards,
     token_weights,
 )
-from kdrl_jax.types import UserError
 
 # --- advantages --------------------------------------------------------------------------------
 
@@ -161,28 +163,71 @@ def test_kd_weights_errors():
         kd_weights(np.ones((4, 2)), np.ones((4, 2)), GROUPS)
 
 
-# --- β -----------------------------------------------------------------------------------------
+# --- rewards -----------------------------------------------------------------------------------
 
 
-def test_beta_of_the_paper():
-    """5e-3 → 1e-3 with δ = 5e-5: 80 steps down, then flat."""
-    schedule = beta_schedule("linear", 5e-3, 1e-3, 5e-5)
-    for step, value in [(0, 5e-3), (1, 4.95e-3), (79, 1.05e-3), (80, 1e-3), (1000, 1e-3)]:
-        assert schedule(step) == pytest.approx(value)
-        assert isinstance(schedule(step), float)
-        np.testing.assert_allclose(jax.jit(schedule)(jnp.int32(step)), value, rtol=1e-5)
-    assert beta_schedule("constant", 2e-3)(10**6) == 2e-3
+def test_shaped_rewards_against_loops(rng):
+    """r − β·Σℓ over the tokens of the response that the teacher has an opinion on."""
+    rewards, mask = rng.integers(0, 2, (2, 3)).astype(float), rng.uniform(size=(6, 5)) > 0.3
+    student, teacher = rng.normal(size=(2, 6, 5))
+    teacher[0, 1] = teacher[3, 2] = np.nan
+    mask[3, 2] = True
+    expected = rewards.copy()
+    for i, t in np.argwhere(mask & ~np.isnan(teacher)):
+        expected[divmod(i, 3)] -= 0.3 * (student[i, t] - teacher[i, t])
+    student[~mask], teacher[~mask] = np.inf, -np.inf
+    found = jax.jit(shaped_rewards)(rewards, student, teacher, mask, 0.3)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(shaped_rewards(rewards, student, teacher, mask, 0.0), rewards)
+    into = jax.grad(lambda x: shaped_rewards(rewards, x, teacher, mask, 0.3).sum())
+    np.testing.assert_array_equal(into(jnp.asarray(student)), 0.0)
 
 
-def test_beta_errors_all_at_once():
-    with pytest.raises(UserError) as e:
-        beta_schedule("cosine", -1.0, float("nan"), -2.0)
-    assert [p.split(":")[0] for p in e.value.problems] == [
-        "beta.schedule",
-        "beta.init",
-        "beta.min",
-        "beta.delta",
-    ]
-    with pytest.raises(UserError, match=r"beta.min: 0.2 is above beta.init=0.1"):
-        beta_schedule("linear", 0.1, 0.2, 0.0)
-    assert beta_schedule("constant", 0.1, 0.2)(0) == 0.1
+def test_shaping_undoes_equal_rewards():
+    """An all-wrong group is told apart by its distance to the teacher: the nearer is better."""
+    student = jnp.zeros((2, 3))
+    teacher = jnp.array([[-0.1] * 3, [-2.0] * 3])
+    shaped = shaped_rewards(jnp.zeros((1, 2)), student, teacher, jnp.ones((2, 3)), 0.1)
+    np.testing.assert_allclose(shaped, [[-0.03, -0.6]], rtol=1e-6)
+    np.testing.assert_allclose(group_advantages(shaped), [[1.0, -1.0]], rtol=1e-4)
+
+
+def test_shaped_rewards_errors():
+    ones = np.ones((6, 4))
+    with pytest.raises(
+        ValueError, match=r"^teacher_log_probs: shape \(6, 3\) found; must be \(6, 4"
+    ):
+        shaped_rewards(np.ones((2, 3)), ones, ones[:, :3], ones, 0.1)
+    with pytest.raises(ValueError, match=r"^mask: shape \(6, 4\) found; must be \(4, 4\)"):
+        shaped_rewards(np.ones((2, 2)), ones[:4], ones[:4], ones, 0.1)
+    with pytest.raises(ValueError, match=r"^beta: shape"):
+        shaped_rewards(np.ones((2, 3)), ones, ones, ones, np.ones(2))
+
+
+def test_overlong_penalty_of_dapo():
+    """Eq. 13 with L_max = 20480 and L_cache = 4096."""
+    lengths = jnp.array([0, 16384, 16385, 18432, 20479, 20480, 30000])
+    expected = [0, 0, -1 / 4096, -0.5, -4095 / 4096, -1, -1]
+    for f in (overlong_penalty, jax.jit(overlong_penalty)):
+        np.testing.assert_allclose(f(lengths, 20480, 4096, 1.0), expected, rtol=1e-6)
+        np.testing.assert_allclose(f(lengths, 20480, 4096, 0.5), np.array(expected) / 2, rtol=1e-6)
+        np.testing.assert_array_equal(f(lengths, 20480, 0, 1.0), 0.0)
+    assert overlong_penalty(lengths.reshape(7, 1), 10, 5).shape == (7, 1)
+    with pytest.raises(ValueError, match=r"^buffer: shape"):
+        overlong_penalty(lengths, 20480, np.ones(7), 1.0)
+
+
+# --- methods -----------------------------------------------------------------------------------
+
+
+def test_methods_are_those_of_the_papers():
+    """Six names; a slot that the teacher fills needs its log-probs, and it fills one."""
+    assert set(METHODS) == {"grpo", "kd_rkl", "kdrl", "reward_shaping", "trrd", "sft"}
+    for name, m in METHODS.items():
+        uses = [m.kd, m.shaped, m.ratio == "trrd"]
+        assert sum(uses) == m.scores, name
+        assert not (m.policy and m.supervised), name
+        assert (m.sampler == "teacher") == m.supervised, name
+    assert not METHODS["kd_rkl"].policy
+    assert METHODS["grpo"] == Method()
+    assert len(set(METHODS.values())) == len(METHODS)

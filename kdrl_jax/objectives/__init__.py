@@ -11,31 +11,62 @@ groups or meshes; methods differ in which functions fill the slots.
     beta = beta_schedule("linear", init=5e-3, min=1e-3, delta=5e-5)(step)
     loss, metrics = kdrl_loss(log_probs, batch, beta=beta, entropy=entropy, entropy_coef=1e-3)
 
-All of them work under jit, grad, vmap and shardings; strings and the vocabulary's size are
-static, every other setting may be a traced array. Wrong shapes raise ValueError at trace time.
+Distillation from whole distributions (`support_log_probs` with `topk_divergence`, or
+`full_divergence`) goes into `kdrl_loss` as `kd_divergence`; `trrd_loss` takes the teacher into the
+ratio instead; `shaped_rewards` into the rewards. `METHODS` names the combinations of the papers.
+
+All of them work under jit, grad, vmap and shardings; strings, counts of ids and the vocabulary's
+size are static, every other setting may be a traced array. Wrong shapes raise ValueError at trace
+time. Schedules are of Python numbers.
 """
 
+from kdrl_jax.objectives._terms import TokenBatch
 from kdrl_jax.objectives.advantages import group_advantages
-from kdrl_jax.objectives.divergences import ESTIMATORS, estimator
-from kdrl_jax.objectives.kdrl import TokenBatch, kdrl_loss
-from kdrl_jax.objectives.logprobs import token_log_probs
+from kdrl_jax.objectives.distributions import SUPPORTS, full_divergence, topk_divergence
+from kdrl_jax.objectives.divergences import DISTRIBUTION_ESTIMATORS, ESTIMATORS, estimator
+from kdrl_jax.objectives.kdrl import kdrl_loss
+from kdrl_jax.objectives.logprobs import support_log_probs, token_log_probs, top_tokens
+from kdrl_jax.objectives.methods import METHODS, Method
 from kdrl_jax.objectives.policy import clipped_surrogate, importance_ratio, mismatch_kl
-from kdrl_jax.objectives.schedules import SCHEDULES, beta_schedule
+from kdrl_jax.objectives.rewards import overlong_penalty, shaped_rewards
+from kdrl_jax.objectives.schedules import (
+    SCHEDULES,
+    Schedule,
+    Trend,
+    beta_schedule,
+    phase_schedule,
+)
+from kdrl_jax.objectives.trrd import CLAMP_GRADIENTS, trrd_loss
 from kdrl_jax.objectives.weights import AGGREGATIONS, kd_weights, token_weights
 
 __all__ = [
     "AGGREGATIONS",
+    "CLAMP_GRADIENTS",
+    "DISTRIBUTION_ESTIMATORS",
     "ESTIMATORS",
+    "METHODS",
     "SCHEDULES",
+    "SUPPORTS",
+    "Method",
+    "Schedule",
     "TokenBatch",
+    "Trend",
     "beta_schedule",
     "clipped_surrogate",
     "estimator",
+    "full_divergence",
     "group_advantages",
     "importance_ratio",
     "kd_weights",
     "kdrl_loss",
     "mismatch_kl",
+    "overlong_penalty",
+    "phase_schedule",
+    "shaped_rewards",
+    "support_log_probs",
     "token_log_probs",
     "token_weights",
+    "top_tokens",
+    "topk_divergence",
+    "trrd_loss",
 ]

@@ -8,6 +8,8 @@ With ℓ = log π_θ(o) − log π_T(o) at the sampled token o and ρ = π_θ(o)
 | `k2` | sg(ρ)·½ℓ² | ½ℓ² | ∇KL(π_θ‖π_T), reverse |
 | `k3` | sg(ρ)·(e^{−ℓ} + ℓ − 1) | e^{−ℓ} + ℓ − 1 | ∇KL(π_T‖π_θ), *forward* |
 
+`topk` and `full` are of whole distributions and not of the sampled token: see `distributions`.
+
 sg is stop_gradient. The expectations are over the next token, for the prefixes that were
 sampled: what a token does to the KL of later ones is not credited to it, in none of the three
 (nor in the paper). Sources: Schulman, "Approximating KL divergence" (2020); arXiv 2510.01555;
@@ -76,13 +78,16 @@ def k3(teacher_log_ratio: Tokens, ratio: Tokens) -> Tokens:
 Estimator = Callable[[Tokens, Tokens], Tokens]
 ESTIMATORS: dict[str, Estimator] = {"k1": k1, "k2": k2, "k3": k3}
 """Name → (ℓ, ρ) → term whose gradient is the estimator's."""
+DISTRIBUTION_ESTIMATORS = ("topk", "full")
+"""Those that need distributions and not only the sampled tokens: see `distributions`."""
 
 
 def estimator(name: str) -> Estimator:
     """The function of a name in ESTIMATORS.
 
     Raises:
-      ValueError: the name is unknown, or is "k1_loss", which must not exist.
+      ValueError: the name is unknown, is "k1_loss", which must not exist, or is one of
+        DISTRIBUTION_ESTIMATORS, which are no functions of a log-ratio.
     """
     if name == "k1_loss":
         raise ValueError(
@@ -90,8 +95,12 @@ def estimator(name: str) -> Estimator:
             "E[∇log π_θ] = 0 in expectation, so the teacher would have no effect at all; "
             "use 'k2', or 'k1', its score-function form"
         )
-    if name not in ESTIMATORS:
+    if name in DISTRIBUTION_ESTIMATORS:
         raise ValueError(
-            f"kd_estimator: {name!r} is unknown; use one of {', '.join(sorted(ESTIMATORS))}"
+            f"kd_estimator: {name!r} needs the teacher's distribution, more than its log-probs of "
+            "the sampled tokens; see kdrl_jax.objectives.distributions"
         )
+    if name not in ESTIMATORS:
+        names = ", ".join([*ESTIMATORS, *DISTRIBUTION_ESTIMATORS])
+        raise ValueError(f"kd_estimator: {name!r} is unknown; use one of {names}")
     return ESTIMATORS[name]

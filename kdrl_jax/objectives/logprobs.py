@@ -11,24 +11,15 @@ in closed form. Chunks run along the length, so a batch split over devices stays
 from __future__ import annotations
 
 import functools
-import math
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kdrl_jax.objectives._checks import require_rank, require_shape
-from kdrl_jax.sharding import BATCH_AXES, constrain
-
-
-class _Plan(NamedTuple):
-    """How [R, T] is cut: `shards` parts of the rows, `chunks` of `width` tokens of the length."""
-
-    shards: int
-    chunks: int
-    width: int
-    valid_vocab: int
+from kdrl_jax.objectives._chunks import Plan, by_shard, cut, join, make_plan
+from kdrl_jax.sharding import constrain
 
 
 def token_log_probs(
@@ -63,49 +54,92 @@ def token_log_probs(
     Raises:
       ValueError: shapes do not fit, or valid_vocab or chunk is out of range.
     """
-    require_rank(3, "[R, T, D]", hidden=hidden)
+    plan, scale = make_plan(
+        hidden, head, temperature=temperature, valid_vocab=valid_vocab, chunk=chunk
+    )
     require_shape(hidden.shape[:2], "hidden's [R, T]", targets=targets)
-    require_shape((jnp.shape(head)[0], hidden.shape[2]), "[V, D of hidden]", head=head)
-    require_shape((), "a scalar", temperature=temperature)
-    if not 0 < valid_vocab <= head.shape[0]:
-        raise ValueError(
-            f"valid_vocab: {valid_vocab} found; must be from 1 to the {head.shape[0]} rows of head"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk: {chunk} found; must be 1 or more")
-    rows, length = targets.shape
-    shards = _batch_shards(rows)
-    chunks = max(1, math.ceil(length / max(1, chunk * shards // max(1, rows))))
-    # Chunks of equal width: the last one is filled up with fewer than `chunks` columns.
-    width = math.ceil(length / chunks)
-    temperature = jnp.asarray(temperature, jnp.float32)
-    scale = jax.lax.stop_gradient(1.0 / jnp.where(temperature > 0, temperature, 1.0))
-    return _scan_log_probs(_Plan(shards, chunks, width, valid_vocab), hidden, head, targets, scale)
+    log_probs, entropy, _ = _scan_log_probs(plan, hidden, head, targets, None, scale)
+    return log_probs, entropy
 
 
-def _batch_shards(rows: int) -> int:
-    """Parts that the mesh in use splits the rows into; 1 without a mesh or if it cannot."""
-    mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-    return parts if rows % parts == 0 else 1
+def support_log_probs(
+    hidden: Float[Array, "R T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "R T"],
+    support: Int[Array, "R T K"],
+    *,
+    temperature: float | Float[Array, ""],
+    valid_vocab: int,
+    chunk: int = 512,
+) -> tuple[Float[Array, "R T"], Float[Array, "R T"], Float[Array, "R T K"]]:
+    """`token_log_probs` that also gives the log-probs of K further ids at each position.
+
+    Args:
+      support: `[R, T, K]` integer token ids, repeated ones allowed: those of `top_tokens`, of
+        this model or another.
+      hidden, head, targets, temperature, valid_vocab, chunk: as of `token_log_probs`.
+
+    Returns:
+      (log_probs `[R, T]`, entropy `[R, T]`, support_log_probs `[R, T, K]`), float32, in nats, all
+      differentiable in hidden and head. All are normalised over the whole valid vocabulary, so
+      e^x sums to less than 1 over the support. An id outside [0, valid_vocab) has log-prob −inf
+      and no gradient.
+
+    Raises:
+      ValueError: as `token_log_probs`.
+    """
+    plan, scale = make_plan(
+        hidden, head, temperature=temperature, valid_vocab=valid_vocab, chunk=chunk
+    )
+    require_shape(hidden.shape[:2], "hidden's [R, T]", targets=targets)
+    require_rank(3, "[R, T, K]", support=support)
+    require_shape((*hidden.shape[:2], support.shape[2]), "[R, T of hidden, K]", support=support)
+    return _scan_log_probs(plan, hidden, head, targets, support, scale)
 
 
-def _cut(plan: _Plan, x: Array) -> Array:
-    """`[R, T, ...]` to `[chunks, R, width, ...]`, the length filled up with zeros."""
-    rows, length, *rest = x.shape
-    x = jnp.pad(x, [(0, 0), (0, plan.chunks * plan.width - length), *[(0, 0)] * len(rest)])
-    x = jnp.moveaxis(x.reshape(rows, plan.chunks, plan.width, *rest), 1, 0)
-    return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+def top_tokens(
+    hidden: Float[Array, "R T D"],
+    head: Float[Array, "V D"],
+    k: int,
+    *,
+    temperature: float | Float[Array, ""],
+    valid_vocab: int,
+    chunk: int = 512,
+) -> tuple[Int[Array, "R T K"], Float[Array, "R T K"]]:
+    """The k likeliest ids at each position, likeliest first, and their log-probs.
 
+    Args:
+      k: from 1 to valid_vocab; static. Of equal ones the lower id comes first.
+      hidden, head, temperature, valid_vocab, chunk: as of `token_log_probs`.
 
-def _join(x: Array, length: int) -> Array:
-    """The inverse of `_cut`."""
-    chunks, rows, width, *rest = x.shape
-    return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * width, *rest)[:, :length]
+    Returns:
+      (ids int32, log_probs float32), each `[R, T, K]`, K = k; log-probs in nats, normalised over
+      the whole valid vocabulary. No gradient.
+
+    Raises:
+      ValueError: as `token_log_probs`, or k is out of range.
+    """
+    plan, scale = make_plan(
+        hidden, head, temperature=temperature, valid_vocab=valid_vocab, chunk=chunk
+    )
+    if not 0 < k <= valid_vocab:
+        raise ValueError(f"k: {k} found; must be from 1 to valid_vocab={valid_vocab}")
+    hidden, head = jax.lax.stop_gradient((hidden, head))
+    compute_head = _in_compute_dtype(head, hidden)
+
+    def body(_: None, hidden: Array) -> tuple[None, tuple[Array, Array]]:
+        z = _logits(plan, hidden, compute_head, scale)[0]
+        values, ids = jax.lax.top_k(z, k)
+        log_sum = jax.nn.logsumexp(z, axis=-1, keepdims=True)
+        return None, (ids.astype(jnp.int32), values - log_sum)
+
+    with jax.named_scope("top_tokens"):
+        _, (ids, log_probs) = jax.lax.scan(body, None, cut(plan, hidden))
+        return join(ids, hidden.shape[1]), join(log_probs, hidden.shape[1])
 
 
 def _logits(
-    plan: _Plan, hidden: Array, head: Array, scale: Array
+    plan: Plan, hidden: Array, head: Array, scale: Array
 ) -> tuple[Float[Array, "R W V"], Bool[Array, "1 1 V"]]:
     """Logits over temperature, float32, −inf from valid_vocab on; and which ids are valid."""
     z = jnp.einsum("RWD,VD->RWV", hidden, head, preferred_element_type=jnp.float32) * scale
@@ -118,6 +152,10 @@ def _ids(z: Float[Array, "R W V"]) -> Int[Array, "1 1 V"]:
     return jax.lax.broadcasted_iota(jnp.int32, (1, 1, z.shape[-1]), 2)
 
 
+def _known(plan: Plan, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
+    return (ids >= 0) & (ids < plan.valid_vocab)
+
+
 def _in_compute_dtype(head: Array, hidden: Array) -> Array:
     """The head as the products read it, gathered once over the axes that split its width."""
     return constrain(head.astype(hidden.dtype), "vocab", None)
@@ -125,18 +163,18 @@ def _in_compute_dtype(head: Array, hidden: Array) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan_log_probs(
-    plan: _Plan, hidden: Array, head: Array, targets: Array, scale: Array
-) -> tuple[Array, Array]:
-    return _forward(plan, hidden, head, targets, scale)[0]
+    plan: Plan, hidden: Array, head: Array, targets: Array, support: Array | None, scale: Array
+) -> tuple[Array, Array, Any]:
+    return _forward(plan, hidden, head, targets, support, scale)[0]
 
 
 def _forward(
-    plan: _Plan, hidden: Array, head: Array, targets: Array, scale: Array
-) -> tuple[tuple[Array, Array], tuple[Array, ...]]:
+    plan: Plan, hidden: Array, head: Array, targets: Array, support: Array | None, scale: Array
+) -> tuple[tuple[Array, Array, Array | None], tuple[Array | None, ...]]:
     compute_head = _in_compute_dtype(head, hidden)
 
-    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
-        hidden, targets = xs
+    def body(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array | None, ...]]:
+        hidden, targets, support = xs
         z, valid = _logits(plan, hidden, compute_head, scale)
         # Everything relative to the largest logit, so that large logits cost no digits.
         top = z.max(-1)
@@ -147,37 +185,48 @@ def _forward(
         # A sum over one hit, not a gather: it needs no communication of a split vocabulary.
         hit = (_ids(z) == targets[..., None]) & valid
         target = jnp.where(hit, z, 0.0).sum(-1)
-        known = (targets >= 0) & (targets < plan.valid_vocab)
-        log_probs = jnp.where(known, target - log_total, -jnp.inf)
+        log_probs = jnp.where(_known(plan, targets), target - log_total, -jnp.inf)
         entropy = log_total - (e * jnp.where(valid, z, 0.0)).sum(-1) / total
-        return None, (log_probs, entropy, top + log_total)
+        at_support: Array | None = None
+        if support is not None:
+            found = jnp.take_along_axis(z, jnp.clip(support, 0, z.shape[-1] - 1), axis=-1)
+            at_support = jnp.where(_known(plan, support), found - log_total[..., None], -jnp.inf)
+        return None, (log_probs, entropy, top + log_total, at_support)
 
     with jax.named_scope("token_log_probs"):
-        _, outputs = jax.lax.scan(body, None, (_cut(plan, hidden), _cut(plan, targets)))
-        log_probs, entropy, log_sum = (_join(x, targets.shape[1]) for x in outputs)
-    return (log_probs, entropy), (hidden, head, targets, scale, log_sum, entropy)
+        xs = jax.tree.map(functools.partial(cut, plan), (hidden, targets, support))
+        _, outputs = jax.lax.scan(body, None, xs)
+        log_probs, entropy, log_sum, at_support = jax.tree.map(
+            lambda x: join(x, targets.shape[1]), outputs
+        )
+    saved = (hidden, head, targets, support, scale, log_sum, entropy)
+    return (log_probs, entropy, at_support), saved
 
 
 def _backward(
-    plan: _Plan, saved: tuple[Array, ...], cotangents: tuple[Array, Array]
-) -> tuple[Array, Array, None, None]:
-    hidden, head, targets, scale, log_sum, entropy = saved
+    plan: Plan, saved: tuple[Array, ...], cotangents: tuple[Array, Array, Array | None]
+) -> tuple[Array, Array, None, None, None]:
+    hidden, head, targets, support, scale, log_sum, entropy = saved
     compute_head = _in_compute_dtype(head, hidden)
 
     def body(d_head: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
-        hidden, targets, log_sum, entropy, d_log_probs, d_entropy = xs
+        hidden, targets, support, log_sum, entropy, (d_log_probs, d_entropy, d_support) = xs
         z, valid = _logits(plan, hidden, compute_head, scale)
         log_p = jnp.where(valid, z - log_sum[..., None], 0.0)
         p = jnp.where(valid, jnp.exp(log_p), 0.0)
-        known = (targets >= 0) & (targets < plan.valid_vocab)
-        d_log_probs = jnp.where(known, d_log_probs, 0.0)[..., None]
+        d_log_probs = jnp.where(_known(plan, targets), d_log_probs, 0.0)[..., None]
         d_z = jnp.where(_ids(z) == targets[..., None], d_log_probs, 0.0) - d_log_probs * p
+        if support is not None:
+            d_support = jnp.where(_known(plan, support), d_support, 0.0)
+            d_z -= d_support.sum(-1, keepdims=True) * p
+            add = jax.vmap(jax.vmap(lambda d, ids, x: d.at[ids].add(x)))
+            d_z = add(d_z, jnp.clip(support, 0, z.shape[-1] - 1), d_support)
         d_z -= d_entropy[..., None] * p * (log_p + entropy[..., None])
         d_z = (d_z * scale).astype(hidden.dtype)
         d_hidden = jnp.einsum("RWV,VD->RWD", d_z, compute_head, preferred_element_type=jnp.float32)
         # Each part of the batch adds up its own gradient of the head; they meet once, after the
         # loop. A single sum would make every chunk wait for an all-reduce of [V, D].
-        parts = (constrain(_by_shard(plan, x), "batch", None, None, None) for x in (d_z, hidden))
+        parts = (by_shard(plan, x) for x in (d_z, hidden))
         d_head += jnp.einsum("ZRWV,ZRWD->ZVD", *parts, preferred_element_type=jnp.float32)
         return constrain(d_head, "batch", "vocab", None), d_hidden.astype(hidden.dtype)
 
@@ -185,13 +234,11 @@ def _backward(
         d_head = constrain(
             jnp.zeros((plan.shards, *head.shape), jnp.float32), "batch", "vocab", None
         )
-        per_token = (hidden, targets, log_sum, entropy, *cotangents)
-        d_head, d_hidden = jax.lax.scan(body, d_head, tuple(_cut(plan, x) for x in per_token))
-        return _join(d_hidden, targets.shape[1]), d_head.sum(0).astype(head.dtype), None, None
-
-
-def _by_shard(plan: _Plan, x: Array) -> Array:
-    return x.reshape(plan.shards, x.shape[0] // plan.shards, *x.shape[1:])
+        per_token = (hidden, targets, support, log_sum, entropy, cotangents)
+        xs = jax.tree.map(functools.partial(cut, plan), per_token)
+        d_head, d_hidden = jax.lax.scan(body, d_head, xs)
+        d_hidden, d_head = join(d_hidden, targets.shape[1]), d_head.sum(0).astype(head.dtype)
+        return d_hidden, d_head, None, None, None
 
 
 _scan_log_probs.defvjp(_forward, _backward)

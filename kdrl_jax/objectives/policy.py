@@ -25,7 +25,11 @@ def importance_ratio(log_probs: Tokens, old_log_probs: Tokens) -> Tokens:
     Returns:
       ρ `[...]`; exactly 1, and carrying the gradient ∇log π_θ, where both are equal.
     """
-    log_ratio = log_probs - jax.lax.stop_gradient(old_log_probs)
+    return exp_log_ratio(log_probs - jax.lax.stop_gradient(old_log_probs))
+
+
+def exp_log_ratio(log_ratio: Tokens) -> Tokens:
+    """e^x of a log-ratio `[...]`, the exponent kept within ±MAX_LOG_RATIO (gradient 0 beyond)."""
     return jnp.exp(jnp.clip(log_ratio, -MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
