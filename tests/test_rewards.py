@@ -15,6 +15,7 @@ import pytest
 
 from kdrl_jax.rewards import Grader, grade, has_format, last_boxed
 from kdrl_jax.rewards.math_answer import clean, quick_verdict
+from kdrl_jax.rewards.text_answer import same_text
 from kdrl_jax.types import OUTCOMES, Verdict
 
 ROOT = Path(__file__).parents[1]
@@ -205,10 +206,59 @@ def test_accuracy_alone() -> None:
 def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match="1 responses but 2 answers"):
         Grader().grade(["a"], ["1", "2"])
+    with pytest.raises(ValueError, match="1 responses but 1 answers and 2 metas"):
+        Grader().grade(["a"], ["1"], [{}, {}])
     with pytest.raises(ValueError, match="workers >= 1"):
         Grader(workers=0)
     with pytest.raises(ValueError, match="timeout_s > 0"):
         Grader(timeout_s=0)
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "equal"),
+    [
+        ("True", "true", True),
+        ("True", "\\text{True}.", True),
+        ("TO THIS WORK", "to  this\nwork", True),
+        ("off", "of", False),
+        ("['a', 'b']", "['a', 'b']", True),
+        ("['a', 'b']", "['b', 'a']", False),
+        ("0 0 2", "0 0 2", True),
+        ("0 0 2", "0 02", False),
+        ("1 2\n3 4", "1 2\n3 4", True),
+        ("7", "7.0", True),
+        ("7", "$7$", True),
+        ("1000", "1,000", True),
+        ("-3.50", "-3.5", True),
+        ("100000", "1e5", False),  # base_conversion means hexadecimal digits
+        ("7", "x = 7", False),
+        ("7", "7/1", False),
+        ("7", "", False),
+        ("7", "9" * 5000, False),
+        ("٧", "7", False),
+    ],
+)
+def test_answers_as_text(gold: str, answer: str, equal: bool) -> None:
+    assert same_text(answer, gold) is equal
+
+
+def test_a_verifier_in_this_process() -> None:
+    seen = []
+
+    def verify(answer: str, gold: str, meta: dict) -> bool:
+        seen.append((answer, gold, meta))
+        return answer == gold + meta.get("more", "")
+
+    with Grader(workers=1, verify=verify) as grader:
+        texts = [response("ab"), response("ab"), "\\boxed{a}", response("")]
+        verdicts = grader.grade(texts, ["a"] * 4, [{"more": "b"}, {"more": "c"}, {}, {}])
+        assert [v.outcome for v in verdicts] == ["correct", "wrong", "format", "unparsable"]
+        assert seen == [("ab", "a", {"more": "b"}), ("ab", "a", {"more": "c"})]
+        assert grader.grade([response("a")], ["a"])[0].reward == 1
+        assert not grader._pool
+    with Grader(require_format=False, verify=verify) as grader:
+        assert grader.grade(["\\boxed{a}"], ["a"])[0].reward == 1
+        assert grader.grade(["a"], ["a"])[0].outcome == "unparsable"
 
 
 # --- Workers -----------------------------------------------------------------------------------

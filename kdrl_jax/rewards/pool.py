@@ -1,6 +1,7 @@
 """Grading in worker processes that can be killed.
 
-math-verify runs SymPy on what a model wrote, which can hang, exhaust memory or crash. Each worker
+math-verify runs SymPy on what a model wrote, which can hang, exhaust memory or crash; a task's own
+verifier is the user's code, which may do the same. Each worker
 is a fresh interpreter (never a fork of this one, which holds JAX's threads) running `worker.py`.
 One that exceeds the time limit is killed and replaced; no other task notices.
 """
@@ -19,14 +20,15 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
 from kdrl_jax.rewards.format import final_answer
 from kdrl_jax.rewards.math_answer import MAX_LENGTH, clean, quick_verdict
-from kdrl_jax.types import Outcome, Verdict
+from kdrl_jax.types import Outcome, UserError, Verdict
 
 STARTUP_S = 120.0  # imports on a busy machine with a cold disk
 START_ATTEMPTS = 3
@@ -34,7 +36,15 @@ ATTEMPTS = 2  # of a comparison whose worker died: once may be bad luck
 WORKER_TASKS = 2000  # comparisons after which a worker is replaced: SymPy's caches only grow
 REMEMBERED = 10_000  # verdicts of earlier comparisons
 
-Pair = tuple[str, str]
+# One hash seed: SymPy's order of terms, and so a verdict, does not vary between runs. A task's
+# module may import JAX, but no worker takes a share of the accelerators.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python", "JAX_PLATFORMS": "cpu"}
+
+Pair = tuple[str, ...]
+"""What a worker is asked: the gold answer, the answer and, for a task's verifier, meta as JSON."""
+
+Verifier = Callable[[str, str, dict[str, Any]], bool]
+"""(answer from the box, gold answer, the problem's meta) -> whether the answer is right."""
 
 
 class Grader:
@@ -44,12 +54,22 @@ class Grader:
     decided here. They are ended by `close`, at the end of the `with` block, or with the program.
     """
 
-    def __init__(self, workers: int = 4, timeout_s: float = 3.0, require_format: bool = True):
+    def __init__(
+        self,
+        workers: int = 4,
+        timeout_s: float = 3.0,
+        require_format: bool = True,
+        verify: Verifier | str | None = None,
+    ):
         """
         Args:
           workers: most processes at a time, 1 or more.
           timeout_s: wall-clock seconds for one comparison, not counting a worker's start.
           require_format: a response that lacks the format (`has_format`) is not graded further.
+          verify: judges the answer in the box. None: mathematical equivalence. A function: called
+            in this process, so it must be quick whatever it is given. 'module:attribute': imported
+            and called in the worker processes, with their time limit; they find the module on
+            this process's `sys.path`.
 
         Raises:
           ValueError: a number out of range.
@@ -57,11 +77,15 @@ class Grader:
         if workers < 1 or not timeout_s > 0:
             raise ValueError(f"need workers >= 1 and timeout_s > 0, not {workers} and {timeout_s}")
         self.workers, self.timeout_s, self.require_format = workers, timeout_s, require_format
+        self.verify = verify
         self._command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
         self._command.append(str(timeout_s))
+        if isinstance(verify, str):
+            self._command += [verify, json.dumps([os.path.abspath(folder) for folder in sys.path])]
         self._pool: list[_Worker] = []
         self._known: collections.OrderedDict[Pair, Outcome] = collections.OrderedDict()
         self._failed_starts = 0
+        self._warned = False
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, _kill, self._pool)
 
@@ -76,27 +100,40 @@ class Grader:
         with self._lock:
             _kill(self._pool)
 
-    def grade(self, responses: Sequence[str], answers: Sequence[str]) -> list[Verdict]:
+    def grade(
+        self,
+        responses: Sequence[str],
+        answers: Sequence[str],
+        metas: Sequence[dict[str, Any]] | None = None,
+    ) -> list[Verdict]:
         """One verdict for each response, in order.
 
         Args:
           responses: completions without the end token.
           answers: the gold answer of each; LaTeX without dollar signs, or plain text.
+          metas: the `meta` of each problem, for a `verify` that looks at it; default {}.
 
         Returns:
           Verdicts with reward 1 for "correct" and 0 for "wrong", "unparsable" (empty, unreadable,
-          too large to evaluate, or a crash), "timeout", and "format" (only if it is required).
+          too large to evaluate, a crash, or an exception in 'module:attribute'), "timeout", and
+          "format" (only if it is required).
 
         Raises:
           ValueError: the lengths differ.
+          UserError: a meta that is not JSON, where a worker needs it.
           RuntimeError: workers do not start; the message ends with what they wrote.
         """
-        if len(responses) != len(answers):
-            raise ValueError(f"{len(responses)} responses but {len(answers)} answers")
+        metas = [{}] * len(answers) if metas is None else metas
+        if not len(responses) == len(answers) == len(metas):
+            counts = f"{len(responses)} responses but {len(answers)} answers and {len(metas)} metas"
+            raise ValueError(counts)
         outcomes: list[Outcome | None] = []
         pairs: dict[int, Pair] = {}
-        for i, (response, gold) in enumerate(zip(responses, answers, strict=True)):
-            outcome, pair = _decide(response, gold, self.require_format)
+        for i, (response, gold, meta) in enumerate(zip(responses, answers, metas, strict=True)):
+            if self.verify is None:
+                outcome, pair = _decide(response, gold, self.require_format)
+            else:
+                outcome, pair = _ask(self.verify, response, gold, meta, self.require_format)
             outcomes.append(outcome)
             if outcome is None:
                 pairs[i] = pair
@@ -166,7 +203,11 @@ class Grader:
                 worker.ready, worker.hello, worker.deadline = True, message, float("inf")
                 self._failed_starts = 0
             elif message is not None and worker.task:
-                finished.append((worker.task, message))
+                outcome, _, error = message.partition(": ")
+                if error and not self._warned:
+                    self._warned = True
+                    warnings.warn(f"{self.verify} raised {error}", RuntimeWarning, stacklevel=2)
+                finished.append((worker.task, outcome))
                 worker.task, worker.deadline = None, float("inf")
                 worker.tasks_done += 1
             elif not alive and worker.ready:
@@ -193,9 +234,10 @@ class Grader:
         self._drop(worker)
         if self._failed_starts >= START_ATTEMPTS:
             self._failed_starts = 0
+            needed = self.verify if isinstance(self.verify, str) else "math-verify"
             raise RuntimeError(
-                f"a verification process {what} before its first task; is math-verify installed "
-                f"for {sys.executable}? It wrote:\n{said}"
+                f"a verification process {what} before its first task; can {sys.executable} "
+                f"import {needed}? It wrote:\n{said}"
             )
 
     def _drop(self, worker: _Worker) -> None:
@@ -220,8 +262,7 @@ class _Worker:
         self.deadline = time.monotonic() + STARTUP_S
         self._buffer = b""
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        # One hash seed: SymPy's order of terms, and so a verdict, does not vary between runs. An
-        # own session: Ctrl-C in the terminal is for the trainer, which ends its workers itself.
+        # An own session: Ctrl-C in the terminal is for the trainer, which ends its workers itself.
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -229,7 +270,7 @@ class _Worker:
             stderr=self._errors,
             bufsize=0,
             start_new_session=True,
-            env={**os.environ, "PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python"},
+            env={**os.environ, **ENVIRONMENT},
         )
 
     @property
@@ -291,6 +332,23 @@ def _decide(response: str, gold: str, require_format: bool) -> tuple[Outcome | N
     if not equal and len(answer) > MAX_LENGTH:
         return "unparsable", ("", "")
     return "correct" if equal else "wrong", ("", "")
+
+
+def _ask(
+    verify: Verifier | str, response: str, gold: str, meta: dict[str, Any], require_format: bool
+) -> tuple[Outcome | None, Pair]:
+    """The outcome by a task's verifier, or None and what to ask it in a worker."""
+    answer = final_answer(response, require_format=require_format)
+    if answer is None and require_format:
+        return "format", ()
+    if not answer:
+        return "unparsable", ()
+    if not isinstance(verify, str):
+        return "correct" if verify(answer, gold, meta) else "wrong", ()
+    try:
+        return None, (gold, answer, json.dumps(meta, sort_keys=True))
+    except TypeError as error:
+        raise UserError(f"{verify}: the meta of a problem is not JSON: {error}") from error
 
 
 def _verdict(outcome: Outcome) -> Verdict:

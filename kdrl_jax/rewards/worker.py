@@ -4,20 +4,27 @@ It runs as a script and imports the standard library and math-verify alone, so t
 about a second and holds neither JAX nor a device. One JSON request a line on stdin, one JSON reply
 a line on stdout: `[gold, answer]` -> "correct" | "wrong" | "unparsable".
 
+Told a verifier's name, it asks that function instead: `[gold, answer, meta]` -> the same, or
+"unparsable: …" with the exception that it raised.
+
 math-verify's own timeouts stay off: they need SIGALRM, which does not interrupt long C calls. The
 parent kills this process instead. Everything here is therefore free to hang or to die.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import json
 import logging
 import math
+import operator
 import os
 import re
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 4 << 30
@@ -142,24 +149,48 @@ def power_of_ten(digits: float) -> float:
     return 10.0 ** min(digits, 300)
 
 
+def load_verifier(name: str, path: list[str]) -> Callable[[str, str, Any], Any]:
+    """The function `module:attribute`, found as the parent process would find it."""
+    sys.path[:] = path
+    module, _, attribute = name.partition(":")
+    return operator.attrgetter(attribute)(importlib.import_module(module))
+
+
+def ask(verify: Callable[[str, str, Any], Any], gold: str, answer: str, meta: str) -> str:
+    """What a task's own verifier says; `meta` is JSON."""
+    try:
+        return "correct" if verify(answer, gold, json.loads(meta)) else "wrong"
+    except MemoryError:
+        os._exit(1)
+    except Exception as error:
+        return f"unparsable: {type(error).__name__}: {error}"
+
+
 def main() -> None:
+    """Arguments: seconds for a request; then, for a task's own verifier, its name and sys.path."""
     timeout_s = float(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     limit_memory()
-    no_gmpy()
+    requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # whatever a library prints is no reply
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)  # whatever a library reads is no request, what it prints no reply
     logging.disable(logging.CRITICAL)
-    compare("\\frac{1}{2}", "0.5+x")  # loads the grammar before the clock of a request runs
-    from sympy.external.gmpy import GROUND_TYPES
+    reply: Callable[..., str] = compare
+    hello: dict[str, Any] = {}
+    if len(sys.argv) > 2:
+        reply = functools.partial(ask, load_verifier(sys.argv[2], json.loads(sys.argv[3])))
+    else:
+        no_gmpy()
+        compare("\\frac{1}{2}", "0.5+x")  # loads the grammar before the clock of a request runs
+        from sympy.external.gmpy import GROUND_TYPES
 
-    loaded = sorted(name for name, module in sys.modules.items() if module and "." not in name)
-    hello = {"ground_types": GROUND_TYPES, "modules": loaded}
+        hello["ground_types"] = GROUND_TYPES
+    hello["modules"] = sorted(n for n, module in sys.modules.items() if module and "." not in n)
     print(json.dumps(hello), file=replies, flush=True)
-    for line in sys.stdin:
+    for line in requests:
         limit_cpu(timeout_s)
-        gold, answer = json.loads(line)
-        print(json.dumps(compare(gold, answer)), file=replies, flush=True)
+        print(json.dumps(reply(*json.loads(line))), file=replies, flush=True)
 
 
 if __name__ == "__main__":

@@ -14,13 +14,9 @@ which split it belongs to.
 """
 
 import random
-import zlib
 
-from kdrl_jax.types import Problem, UserError
-
-SPLITS = ("train", "test")
-TEST_SHARE = 10  # one text in TEST_SHARE belongs to the test split
-MAX_MISSES = 1000  # draws in a row without a new problem before the space counts as exhausted
+from kdrl_jax.tasks.splits import collect
+from kdrl_jax.types import Problem
 
 
 def problems(
@@ -41,37 +37,19 @@ def problems(
 
     Raises ValueError for arguments out of range, UserError for more problems than there are.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, not {split!r}")
-    if count < 0:
-        raise ValueError(f"count must not be negative: {count}")
     if not 2 <= min_terms <= max_terms:
         raise ValueError(f"need 2 <= min_terms <= max_terms, not {min_terms} and {max_terms}")
     if max_operand < 1 or max_value < 1:
         raise ValueError(f"max_operand and max_value must be >= 1: {max_operand}, {max_value}")
 
     rng = random.Random(f"arithmetic {split} {seed}")
-    found: dict[str, Problem] = {}
-    misses = 0
-    while len(found) < count:
+
+    def draw() -> tuple[str, Problem]:
         terms, answer = _chain(rng, rng.randint(min_terms, max_terms), max_operand, max_value)
         text = f"{terms[0]}" + "".join(f"{term:+d}" for term in terms[1:]) + "="
-        if text in found or split_of(text) != split:
-            misses += 1
-            if misses > MAX_MISSES:
-                raise UserError(
-                    f"arithmetic: {count} different {split} problems wanted, {len(found)} found; "
-                    "lower data.size or eval.problems"
-                )
-            continue
-        misses = 0
-        found[text] = Problem(
-            id=f"arithmetic/{split}/{seed}/{len(found)}",
-            problem=text,
-            answer=str(answer),
-            meta={"terms": terms},
-        )
-    return list(found.values())
+        return text, Problem("", text, str(answer), {"terms": terms})
+
+    return collect("arithmetic", count, seed, split, draw)
 
 
 def solution(problem: Problem) -> str:
@@ -82,11 +60,6 @@ def solution(problem: Problem) -> str:
         steps.append(f"{value}{term:+d}={value + term}")
         value += term
     return f"<think>{','.join(steps)}</think>\\boxed{{{problem.answer}}}"
-
-
-def split_of(text: str) -> str:
-    """The split to which a problem's text belongs."""
-    return "test" if zlib.crc32(text.encode()) % TEST_SHARE == 0 else "train"
 
 
 def _chain(
