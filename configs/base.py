@@ -2,7 +2,8 @@
 
 The defaults are the main experiment of KDRL (arXiv 2506.02208, section 4) as far as the paper
 states it. Other files call `get_config()` here and change a few keys; anything may be changed on
-the command line: `--config.optimizer.learning_rate=3e-6`. No other file holds a default.
+the command line: `--config.optimizer.learning_rate=3e-6`. No other file holds a default. A file
+may also name sets of changes in `VARIANTS`; `--config=configs/stage2.py:k3` applies one.
 """
 
 from ml_collections import ConfigDict
@@ -45,25 +46,42 @@ def mesh() -> ConfigDict:
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
-    c.steps = 280  # updates of the student, one per rollout batch
+    c.steps = 280  # rollout batches; each makes mini_batches · epochs updates
     c.cache_dir = "runs/cache"  # warmed-up models and compiled programs; shared by runs
 
-    # --- the objective: J = J_GRPO − β·KL(student‖teacher) -------------------------------------
-    c.objective = "kdrl"  # kdrl | grpo (no teacher loaded) | kd_rkl (advantages are all 0)
-    c.kd_estimator = "k2"  # k2 (½ℓ², the paper's) | k3 | k1 (score-function form)
+    # --- the objective: J = J_policy − β·D(student‖teacher) -----------------------------------
+    # kdrl | grpo (no teacher loaded) | kd_rkl (no policy term) | reward_shaping (rewards minus
+    # β·Σℓ, then GRPO) | trrd (RLAD: the teacher within the ratio) | sft (on the teacher's samples
+    # that are right)
+    c.objective = "kdrl"
+    c.kd_estimator = "k2"  # k2 (½ℓ², the paper's) | k3 | k1 (score-function form) | topk | full
+    c.kd_topk = ConfigDict()
+    c.kd_topk.k = 50  # tokens of the support
+    c.kd_topk.support = "teacher"  # whose top k | student | tail (teacher's, and a bucket of rest)
     c.kd_mask = "none"  # response (KD where reward is 0) | group (… whole group 0) | none
     c.beta = ConfigDict()
-    c.beta.schedule = "linear"  # linear: max(init − delta·step, min) | constant: init
+    # constant: init | linear: max(init − delta·step, min) | adaptive: falls with the KL and where
+    # rewards stall, delta a step, never below min | phases
+    c.beta.schedule = "linear"
     c.beta.init = 5e-3
     c.beta.min = 1e-3
-    c.beta.delta = 5e-5  # per update
+    c.beta.delta = 5e-5  # per step
+    c.beta.phases = ()  # ((0, 1e-2), (100, 0.0)): the value from these steps on
+    c.policy_phases = ()  # likewise the weight of the policy term; (): 1 throughout
+    c.trrd = ConfigDict()
+    c.trrd.alpha = 0.5  # log-ratio: alpha to the old student, 1 − alpha to the teacher
+    c.trrd.clamp = 1.0  # nats, of the log-ratio to the teacher
+    c.trrd.clamp_gradient = "clamp"  # clamp (none beyond it) | straight_through
+    c.reference_coef = 0.0  # of the KL to the initial student (k3); stage 1 of the paper: 1e-3
     c.aggregation = "group-token-mean"  # also: token-mean, seq-mean-token-mean, …-token-sum-norm
     c.advantage = ConfigDict()
     c.advantage.scale = "group"  # divide by the std of: group | batch | none (Dr. GRPO)
     c.advantage.baseline = "mean"  # mean | leave_one_out (RLOO)
-    c.clip_eps_low = 0.2  # ratio clip; without effect while one update is made per rollout batch
-    c.clip_eps_high = 0.2
+    c.clip_eps_low = 0.2  # ratio clip; GRPO's has no effect with one update per rollout batch
+    c.clip_eps_high = 0.2  # above clip_eps_low: clip-higher (DAPO)
     c.entropy_coef = 1e-3
+    c.tis_cap = 0.0  # truncated importance weights, trainer over sampler, at most this; 0: off
+    c.mask_truncated = False  # True: responses cut at the limit are not trained on
     c.logprob_temperature = "rollout"  # divides logits in every log-prob: "rollout" or e.g. "1.0"
 
     # --- models --------------------------------------------------------------------------------
@@ -73,11 +91,16 @@ def get_config() -> ConfigDict:
     c.mesh = mesh()
     c.teacher_mesh = mesh()  # the teacher's own layout over the same devices
 
-    # --- data: a built-in task or a JSONL file -------------------------------------------------
+    # --- data: a task or a data set ------------------------------------------------------------
     c.data = ConfigDict()
-    c.data.task = ""  # arithmetic | "" (then path)
-    c.data.path = ""  # JSONL, one problem a line
-    c.data.eval_path = ""  # JSONL of held-out problems; "" with a task: its test split
+    # arithmetic | knights_knaves (prose) | knights_knaves_symbolic | reasoning_gym/NAME |
+    # your_module:ATTRIBUTE | "" (then path)
+    c.data.task = ""
+    c.data.task_args = ""  # a JSON object of arguments for the task: '{"max_terms": 5}'
+    c.data.path = ""  # .jsonl, .json, .parquet, a folder or pattern of these, hf://owner/name
+    c.data.eval_path = ""  # held-out problems, likewise; "" with a task: its test split
+    c.data.on_bad = "raise"  # a row that cannot be used: raise | drop (counted and listed)
+    c.data.filters = ()  # steps of kdrl_jax.data.filters, in order
     c.data.fields = ConfigDict({"id": "id", "problem": "problem", "answer": "answer"})
     c.data.prompt_style = "kdrl"  # kdrl | zero_rl | chat | plain
     c.data.max_prompt_tokens = 1024  # longer prompts are dropped, counted and reported
@@ -94,23 +117,30 @@ def get_config() -> ConfigDict:
     c.rollout.top_p = 1.0  # 1: off
     c.rollout.top_k = 0  # 0: off
     c.rollout.min_p = 0.0  # 0: off
+    # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at
+    # most so many more rollout batches a step. For sft: groups without a right answer.
+    c.rollout.refill = 0
 
     # --- reward --------------------------------------------------------------------------------
     c.reward = ConfigDict()
     c.reward.require_format = True  # <think>…</think> then \boxed{}; False: accuracy alone
     c.reward.workers = 4  # verification processes
     c.reward.timeout_s = 3.0  # a hard limit per answer, then the worker is killed
+    c.reward.overlong_buffer = 0  # last tokens of the budget, punished linearly (DAPO); 0: off
+    c.reward.overlong_penalty = 1.0  # at the end of the budget
 
     # --- update --------------------------------------------------------------------------------
     c.optimizer = ConfigDict()
     c.optimizer.learning_rate = 1e-6
-    c.optimizer.warmup_steps = 0
+    c.optimizer.warmup_steps = 0  # updates
     c.optimizer.schedule = "constant"  # constant | cosine (to zero at the last step)
     c.optimizer.b1 = 0.9
     c.optimizer.b2 = 0.999
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the global gradient
+    c.mini_batches = 1  # updates per pass over a rollout batch; each takes whole groups
+    c.epochs = 1  # passes over a rollout batch
     c.micro_batch = 64  # rows per forward/backward, over all devices; changes memory, not results
     c.logprob_chunk = 2048  # tokens whose logits exist at once, on each device
 

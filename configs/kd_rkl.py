@@ -2,7 +2,7 @@
 
     python -m kdrl_jax.train --config=configs/kd_rkl.py \
         --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \
-        --config.data.path=skywork_or1.jsonl --config.data.eval_path=aime24.jsonl
+        --config.data.eval_path=aime24.jsonl
 
 β is constant at 5e-3, as the paper states it for its zero-RL KD-RKL. Not run yet at this scale;
 the paper measured 56.1 on average.

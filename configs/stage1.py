@@ -2,11 +2,11 @@
 
     python -m kdrl_jax.train --config=configs/stage1.py \
         --config.student.path=DeepSeek-R1-Distill-Qwen-1.5B \
-        --config.data.path=deepscaler.jsonl --config.data.eval_path=aime24.jsonl
+        --config.data.eval_path=aime24.jsonl
 
-Hardware: a pod or a multi-GPU host. Not run yet at this scale; no time or result is claimed. The
-paper adds a reference KL (coefficient 1e-3, k3) in this stage, which is not part of the objective
-here.
+The data are DeepScaleR's, from the hub (extra `data`), without the few rows that lack an answer.
+A KL to the initial student, estimated by k3, has the coefficient 1e-3. Hardware: a pod or a
+multi-GPU host. Not run yet at this scale; no time or result is claimed.
 """
 
 from configs.base import get_config as base
@@ -16,6 +16,9 @@ def get_config():
     c = base()
     c.eval.samples = 16
     c.objective = "grpo"
+    c.reference_coef = 1e-3
     c.steps = 500
     c.rollout.max_new_tokens = 8192
+    c.data.path = "hf://agentica-org/DeepScaleR-Preview-Dataset?file=deepscaler.json"
+    c.data.on_bad = "drop"
     return c

@@ -2,17 +2,46 @@
 
     python -m kdrl_jax.train --config=configs/stage2.py \
         --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \
-        --config.data.path=skywork_or1.jsonl --config.data.eval_path=aime24.jsonl
+        --config.data.eval_path=aime24.jsonl
 
-β falls from 5e-3 to 1e-3 by 5e-5 a step; `--config.beta.schedule=constant --config.beta.init=2e-3`
-is the paper's constant variant. Hardware: a pod. Not run yet at this scale; no time or result is
-claimed. The paper measured 57.2 on average over six benchmarks against 54.6 for GRPO.
+The data are Skywork-OR1's, from the hub (extra `data`), filtered as in the paper. With data of
+one's own, `'--config.data.filters=()'`, or labels by `python -m kdrl_jax.difficulty`.
+
+β falls from 5e-3 to 1e-3 by 5e-5 a step. `--config=configs/stage2.py:VARIANT` is another row or
+ablation of the paper, see VARIANTS; the weaker teacher of section 4.4 is another
+`--config.teacher.path`. GRPO and KD-RKL alone are `grpo.py` and `kd_rkl.py`, rejection sampling is
+`sft.py`. Hardware: a pod. Not run yet at this scale; no time or result is claimed. The paper
+measured 57.2 on average over six benchmarks against 54.6 for GRPO.
 """
 
 from configs.base import get_config as base
+from kdrl_jax.data.filters import STAGE2_FILTERS
+
+_CONSTANT = {"beta.schedule": "constant", "beta.init": 2e-3}
+
+VARIANTS = {
+    "constant": _CONSTANT,  # "KDRL" of table 1
+    "k1": {**_CONSTANT, "kd_estimator": "k1"},
+    "k3": {**_CONSTANT, "kd_estimator": "k3"},
+    "topk": {**_CONSTANT, "kd_estimator": "topk"},  # K = 50; unstable in the paper
+    "full": {**_CONSTANT, "kd_estimator": "full"},  # not in the paper: the whole vocabulary
+    "response_mask": {**_CONSTANT, "kd_mask": "response"},
+    "group_mask": {**_CONSTANT, "kd_mask": "group"},
+    "reward_shaping": {**_CONSTANT, "objective": "reward_shaping"},  # collapses in the paper
+    # Beyond the paper: β from the measured KL and reward, and OPD-then-RL (arXiv 2609.04108).
+    "adaptive": {"beta.schedule": "adaptive", "beta.delta": 5e-3},
+    "distil_then_rl": {
+        "beta.schedule": "phases",
+        "beta.phases": ((0, 5e-3), (140, 0.0)),
+        "policy_phases": ((0, 0.0), (140, 1.0)),
+    },
+}
 
 
 def get_config():
     c = base()
     c.eval.samples = 16
+    c.data.path = "hf://Skywork/Skywork-OR1-RL-Data?file=data/math-*.parquet"
+    c.data.on_bad = "drop"
+    c.data.filters = STAGE2_FILTERS
     return c

@@ -2,13 +2,21 @@
 
     python -m kdrl_jax.train --config=configs/zero_rl.py \
         --config.student.path=Qwen2.5-3B --config.teacher.path=runs/zero_rl_teacher \
-        --config.data.path=skywork_or1.jsonl --config.data.eval_path=math500.jsonl
+        --config.data.eval_path=math500.jsonl
 
-The teacher is Qwen2.5-7B after `zero_rl_teacher.py`. Reward is accuracy alone. Not run yet at this
-scale; the paper measured 32.5 on average against 31.3 for GRPO and 30.8 for KD-RKL.
+The teacher is Qwen2.5-7B after `zero_rl_teacher.py`: its run's folder, or what
+`kdrl_jax.convert` made of it. Reward is accuracy alone. `zero_rl.py:grpo` and `zero_rl.py:kd_rkl`
+are the other rows of table 2. Not run yet at this scale; the paper measured 32.5 on average
+against 31.3 for GRPO and 30.8 for KD-RKL.
 """
 
 from configs.base import get_config as base
+from kdrl_jax.data.filters import ZERO_RL_STUDENT_FILTERS
+
+VARIANTS = {
+    "grpo": {"objective": "grpo"},
+    "kd_rkl": {"objective": "kd_rkl", "beta.schedule": "constant", "beta.init": 5e-3},
+}
 
 
 def get_config():
@@ -18,6 +26,9 @@ def get_config():
     c.beta.init = 2e-1
     c.beta.min = 2e-3
     c.beta.delta = 8e-4
+    c.data.path = "hf://Skywork/Skywork-OR1-RL-Data?file=data/math-*.parquet"
+    c.data.on_bad = "drop"
+    c.data.filters = ZERO_RL_STUDENT_FILTERS
     c.data.prompt_style = "zero_rl"
     c.rollout.max_new_tokens = 8192
     c.rollout.temperature = 1.0

@@ -2,16 +2,18 @@
 
     python -m kdrl_jax.train --config=configs/zero_rl_teacher.py \
         --config.student.path=Qwen2.5-7B \
-        --config.data.path=skywork_or1.jsonl --config.data.eval_path=math500.jsonl
+        --config.data.eval_path=math500.jsonl
 
 Not run yet at this scale; no time or result is claimed.
 """
 
 from configs.zero_rl import get_config as zero_rl
+from kdrl_jax.data.filters import ZERO_RL_TEACHER_FILTERS
 
 
 def get_config():
     c = zero_rl()
     c.objective = "grpo"
+    c.data.filters = ZERO_RL_TEACHER_FILTERS
     c.steps = 300
     return c

@@ -12,7 +12,8 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kdrl_jax.config import load_config
+from kdrl_jax.config import read_config, split_variant
+from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
 EXIT_USER_ERROR = 2
@@ -23,18 +24,26 @@ _OVERRIDE = "--config."
 def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDict, Path]:
     """`--config=FILE [--workdir=DIR] [--config.key=value …]` as a config and a folder.
 
-    Without --workdir the folder is runs/NAME, NAME being the config's file name.
+    Without --workdir the folder is runs/NAME, NAME being that of the config's file and variant.
     """
     argv = sys.argv[1:] if argv is None else argv
     overrides, rest = split_overrides(argv)
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE[:VARIANT]")
     parser.add_argument("--workdir", type=Path, metavar="DIR")
     args = parser.parse_args(rest)
-    config = load_config(args.config, overrides)
-    return config, args.workdir or Path("runs") / args.config.stem
+    config, problems = read_config(args.config, overrides)
+    if problems:  # name what else is wrong as well, so that one look mends it all
+        try:
+            validate(config)
+        except UserError as error:
+            problems += error.problems
+        raise UserError(*problems)
+    file, variant = split_variant(args.config)
+    name = f"{file.stem}-{variant}" if variant else file.stem
+    return config, args.workdir or Path("runs") / name
 
 
 def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:

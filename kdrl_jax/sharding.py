@@ -149,10 +149,10 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, tree: Any) -> Any:
-    """Host arrays to devices, split along their first axis where the mesh divides it."""
+    """Arrays to the mesh's devices, split along their first axis where the mesh divides it."""
 
     def one(x: Any) -> jax.Array:
-        x = np.asarray(x)
+        x = x if isinstance(x, jax.Array) else np.asarray(x)
         whole = x.ndim == 0 or not _divides(mesh, BATCH_AXES, x.shape[0])
         return jax.device_put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
 

@@ -9,6 +9,8 @@ Axis letters, the same in array annotations and einsum strings:
     S  padded prompt length        H  head dimension
     T  padded completion length    F  MLP width
     L  row length, S + T           Y  decoder layers
+    J  support: tokens of a position at which teacher and student are compared
+    E  teacher's width
 
 Each arrow of a training step is one of these records:
 
@@ -99,6 +101,27 @@ class Rollouts:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
+class Scores:
+    """What models that are not being trained say of the last T tokens of each row.
+
+    All are taken before the first update on the rows; None: not asked for.
+    """
+
+    old_log_probs: Float[Array, "B T"] | None = None
+    """Of the student; needed where a rollout batch serves several updates."""
+    reference_log_probs: Float[Array, "B T"] | None = None
+    """Of the student as it was before the first step."""
+    teacher_log_probs: Float[Array, "B T"] | None = None
+    support: Int[Array, "B T J"] | None = None
+    """Tokens of each position, chosen by teacher or student."""
+    support_log_probs: Float[Array, "B T J"] | None = None
+    """The teacher's log-probs of them, of its full distribution."""
+    teacher_hidden: Float[Array, "B T E"] | None = None
+    """The teacher's states before its output head."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainBatch:
     """Rows to train on. Per-token arrays describe the last T tokens of each row.
 
@@ -117,6 +140,10 @@ class TrainBatch:
     advantages: Float[Array, "R T"]
     weights: Float[Array, "R T"]
     kd_weights: Float[Array, "R T"]
+    reference_log_probs: Float[Array, "R T"] | None = None
+    support: Int[Array, "R T J"] | None = None
+    support_log_probs: Float[Array, "R T J"] | None = None
+    teacher_hidden: Float[Array, "R T E"] | None = None
 
 
 @jax.tree_util.register_dataclass

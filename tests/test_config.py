@@ -1,23 +1,29 @@
 """Configs: every shipped file is valid, and every mistake is named before anything starts."""
 
+import importlib
 import json
 from pathlib import Path
 
 import pytest
 
 from kdrl_jax.cli import split_overrides
-from kdrl_jax.config import (
-    ROOT,
-    apply_overrides,
-    compare_for_resume,
-    flatten,
-    load_config,
-    to_json,
-    validate,
-)
+from kdrl_jax.config import ROOT, apply_overrides, flatten, load_config, split_variant, to_json
+from kdrl_jax.tasks.registry import get_task
+from kdrl_jax.training.validation import compare_for_resume, validate
 from kdrl_jax.types import UserError
 
-SHIPPED = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "__init__")
+
+def shipped() -> list[str]:
+    """Every config file and variant that comes with the project."""
+    found = []
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        if path.stem != "__init__":
+            variants = getattr(importlib.import_module(f"configs.{path.stem}"), "VARIANTS", {})
+            found += [f"{path.stem}.py", *(f"{path.stem}.py:{name}" for name in variants)]
+    return found
+
+
+SHIPPED = shipped()
 BASE = load_config(ROOT / "configs" / "base.py")
 # The fewest changes that make the defaults a run: the base names no model and no data.
 RUNNABLE = apply_overrides(BASE, ["data.task=arithmetic", "teacher.sft.steps=1"])
@@ -31,20 +37,16 @@ def problems_of(*overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_configs_have_every_key_and_sane_values(name: str, tmp_path: Path) -> None:
-    config = load_config(ROOT / "configs" / f"{name}.py")
+    config = load_config(f"{ROOT}/configs/{name}")
     assert flatten(config).keys() == flatten(BASE).keys()
     file, folder = tmp_path / "data.jsonl", str(tmp_path)
     file.write_text("{}\n")
-    if not config.data.task:  # what its docstring asks the user to give
-        config = apply_overrides(
-            config,
-            [
-                f"data.path={file}",
-                f"data.eval_path={file}",
-                f"student.path={folder}",
-                f"teacher.path={folder}",
-            ],
-        )
+    given = []  # what its docstring asks the user to give
+    if not config.data.task:
+        given = [f"data.path={file}", f"data.eval_path={file}"]
+    if not config.data.task or get_task(config.data.task).alphabet is None:
+        given += [f"student.path={folder}", f"teacher.path={folder}"]
+    config = apply_overrides(config, given)
     validate(config)
 
 
@@ -68,6 +70,38 @@ def test_settings_of_the_paper() -> None:
     assert (teacher.objective, teacher.steps) == ("grpo", 300)
     stage1 = load_config(ROOT / "configs" / "stage1.py")
     assert (stage1.objective, stage1.steps, stage1.rollout.max_new_tokens) == ("grpo", 500, 8192)
+    assert stage1.reference_coef == 1e-3
+    constant = load_config(ROOT / "configs" / "stage2.py:constant")
+    assert (constant.beta.schedule, constant.beta.init) == ("constant", 2e-3)
+    sft = load_config(ROOT / "configs" / "sft.py")
+    assert sft.optimizer.learning_rate == 2e-7
+    assert sft.rollout.prompts_per_step * sft.rollout.group_size == 128
+
+
+def test_settings_of_rlad() -> None:
+    """arXiv 2602.22495: logic with mini-batches of 32 of 256 rollouts, mathematics with 16."""
+    rlad = load_config(ROOT / "configs" / "rlad.py")
+    assert (rlad.objective, rlad.trrd.alpha, rlad.trrd.clamp) == ("trrd", 0.5, 1.0)
+    assert (rlad.clip_eps_low, rlad.clip_eps_high) == (0.2, 0.28)
+    assert rlad.rollout.prompts_per_step * rlad.rollout.group_size == 256
+    for name, rollouts in (("rlad.py", 32), ("rlad.py:math", 16)):
+        config = load_config(ROOT / "configs" / name)
+        assert 256 // config.mini_batches == rollouts
+
+
+def test_a_variant_is_named_after_the_file(tmp_path: Path) -> None:
+    assert split_variant("configs/stage2.py:k3") == (Path("configs/stage2.py"), "k3")
+    assert split_variant("configs/stage2.py") == (Path("configs/stage2.py"), "")
+    assert load_config(ROOT / "configs" / "stage2.py:k3").kd_estimator == "k3"
+    with pytest.raises(UserError, match=r"no variant 'k4' in .*stage2.py; there are constant, "):
+        load_config(ROOT / "configs" / "stage2.py:k4")
+    with pytest.raises(UserError, match=r"no variant 'a' in .*demo.py; the file has none"):
+        load_config(ROOT / "configs" / "demo.py:a")
+    (tmp_path / "mine.py").write_text(
+        "from configs.base import get_config\nVARIANTS = {'a': {'beta.inti': 1.0}}\n"
+    )
+    with pytest.raises(UserError, match="inti"):
+        load_config(tmp_path / "mine.py:a")
 
 
 def test_overrides_take_the_type_of_the_default() -> None:
@@ -109,7 +143,7 @@ def test_all_bad_overrides_are_named_at_once() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["beta.init=-1"], ["beta.init: -1.0 must not be negative"]),
+        (["beta.init=-1"], ["beta.init: -1.0 is not 0 or more"]),
         (["rollout.group_size=1", "micro_batch=1"], ["rollout.group_size: 1", "zero advantages"]),
         (["objective=krdl"], ["objective: 'krdl'", "nearest is 'kdrl'"]),
         (["teacher.sft.steps=0"], ["teacher.path: empty"]),
@@ -124,6 +158,25 @@ def test_all_bad_overrides_are_named_at_once() -> None:
         (["rollout.temperature=0"], ["rollout.temperature: 0.0 must be positive"]),
         (["rollout.top_p=1.5"], ["rollout.top_p: 1.5 must be at most 1"]),
         (["checkpoint.every=0"], ["checkpoint.every: 0 must be at least 1"]),
+        (["kd_estimator=k1_loss"], ["kd_estimator: 'k1_loss' is none of", "'k1'"]),
+        (["objective=trrd", "teacher.sft.steps=0"], ["teacher.path: empty", "'trrd' needs a"]),
+        (["objective=trrd", "kd_estimator=full"], ["kd_estimator: 'full' has no effect"]),
+        (["trrd.alpha=1.5"], ["trrd.alpha: 1.5 must be at most 1"]),
+        (["beta.schedule=adaptive", "beta.min=1.0"], ["beta.min: 1.0 is above beta.init=0.005"]),
+        (["beta.schedule=phases"], ["beta.phases: ()"]),
+        (["policy_phases=((5,1.0),)"], ["policy_phases: the first phase is from step 5"]),
+        (["mini_batches=3"], ["mini_batches: 3 does not divide rollout.prompts_per_step=64"]),
+        (["mini_batches=64"], ["micro_batch: 64 does not divide the 1 x 16 rollouts"]),
+        (["tis_cap=2.0", "rollout.top_p=0.9"], ["tis_cap: 2.0 with rollout.top_p=0.9"]),
+        (["tis_cap=2.0", "logprob_temperature=1.0"], ["tis_cap: 2.0 compares with the sampler"]),
+        (
+            ["objective=reward_shaping", "logprob_temperature=1.0"],
+            ["objective: 'reward_shaping' compares with the sampler"],
+        ),
+        (["objective=kd_rkl", "rollout.refill=2"], ["rollout.refill: 2, but objective='kd_rkl'"]),
+        (["reward.overlong_buffer=30000"], ["reward.overlong_buffer: 30000 exceeds"]),
+        (["data.task=arithmatic"], ["data.task", "arithmatic", "arithmetic"]),
+        (["data.task_args={1"], ["data.task_args"]),
     ],
 )
 def test_impossible_values_are_named(overrides: list[str], said: list[str]) -> None:

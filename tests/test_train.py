@@ -194,14 +194,73 @@ def test_continuing_on_another_mesh(whole, cache, tmp_path):
     assert found[-1]["step"] == 4
 
 
-@pytest.mark.parametrize("objective", ["grpo", "kd_rkl"])
-def test_other_objectives(cache, tmp_path, objective):
-    changes = {"objective": objective, "steps": 1, "eval.every": 0}
-    if objective == "kd_rkl":  # needs no groups
-        changes |= {"rollout.group_size": 1, "rollout.prompts_per_step": 8}
-    row = run(tmp_path / "run", cache, **changes)[-1]
-    assert ("kl/teacher" in row) == (objective == "kd_rkl")
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({"objective": "grpo"}, {"policy/clip_frac"}),
+        # Needs no groups.
+        (
+            {"objective": "kd_rkl", "rollout.group_size": 1, "rollout.prompts_per_step": 8},
+            {"kl/teacher"},
+        ),
+        ({"objective": "reward_shaping", "reference_coef": 0.1}, {"kl/teacher", "kl/reference"}),
+        (
+            {"objective": "trrd", "mini_batches": 2, "trrd.clamp_gradient": "straight_through"},
+            {"kl/teacher", "trrd/clamped_frac"},
+        ),
+        ({"objective": "sft", "rollout.refill": 1, "epochs": 2}, {"rollout/batches"}),
+        ({"kd_estimator": "full", "tis_cap": 2.0}, {"kl/teacher", "tis/weight_mean"}),
+        (
+            {"kd_estimator": "topk", "kd_topk.k": 5, "kd_topk.support": "student"},
+            {"kl/teacher"},
+        ),
+    ],
+    ids=lambda x: x.get("objective", x.get("kd_estimator")) if isinstance(x, dict) else "",
+)
+def test_other_objectives(cache, tmp_path, changes, measured):
+    row = run(tmp_path / "run", cache, steps=1, **{"eval.every": 0}, **changes)[-1]
+    assert measured <= row.keys()
+    assert ("kl/teacher" in row) == ("kl/teacher" in measured)
+    assert ("mismatch/kl" in row) == (changes.get("objective") != "sft")
     assert np.isfinite(row["loss"])
+
+
+def test_a_finished_run_is_teacher_or_student_in_either_format(whole, cache, tmp_path):
+    """One side from the run's folder, the other from its export: they must be one policy."""
+    exported = tmp_path / "exported"
+    convert.main([f"--checkpoint={whole}", f"--output={exported}"])
+    changes = {"eval.every": 0, "teacher.sft.steps": 0, "student.sft.steps": 0}
+    for i, (student, teacher) in enumerate([(whole, exported), (exported, whole)]):
+        paths = {"student.path": student, "teacher.path": teacher}
+        row = run(tmp_path / f"run{i}", cache, steps=1, **changes, **paths)[-1]
+        assert abs(row["kl/teacher_k2"]) < 1e-8
+        assert row["loss/kd"] < 1e-6
+
+
+def test_schedules_refill_and_several_updates_resume_exactly(cache, tmp_path):
+    """β from the history of KL and reward, a data position that runs ahead of the step."""
+    changes = {"beta.schedule": "adaptive", "beta.delta": 0.2, "rollout.refill": 2}
+    changes |= {"mini_batches": 2, "epochs": 2, "eval.every": 0, "checkpoint.every": 2}
+    whole = run(tmp_path / "whole", cache, steps=4, **changes)
+    run(tmp_path / "parts", cache, steps=2, **changes)
+    assert run(tmp_path / "parts", cache, steps=4, **changes) == whole
+    assert len({row["beta"] for row in whole}) > 1
+    assert [row["rollout/batches"] for row in whole] == [3.0] * 4  # no group is ever solved
+    meta = json.loads((tmp_path / "whole" / "checkpoints" / "4" / "meta" / "metadata").read_text())
+    assert meta["data_position"] == 12
+
+
+def test_distil_then_reinforce(cache, tmp_path):
+    """Two phases of one run; the teacher is not asked in the second."""
+    changes = {"beta.schedule": "phases", "beta.phases": "((0,0.5),(1,0.0))", "eval.every": 0}
+    changes |= {"policy_phases": "((0,0.0),(1,1.0))"}
+    first, second = run(tmp_path / "run", cache, steps=2, **changes)
+    assert (first["beta"], second["beta"]) == (0.5, 0.0)
+    assert first["loss/policy"] == 0
+    assert first["loss/kd"] > 0
+    assert "kl/teacher" in first
+    assert "kl/teacher" not in second
+    assert second["loss/kd"] == 0
 
 
 def test_report_draws_a_picture(whole, tmp_path):
@@ -329,7 +388,7 @@ def refused(capsys, *argv, main=train.main):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"beta.init": -1.0}, ["beta.init: -1.0 must not be negative"]),
+        ({"beta.init": -1.0}, ["beta.init: -1.0 is not 0 or more"]),
         ({"rollout.group_size": 1}, ["rollout.group_size: 1 gives", "use 2 or more"]),
         ({"student.path": "no/such/folder"}, ["student.path: no folder no/such/folder"]),
         ({"data.max_prompt_tokens": 4}, ["arithmetic: no training problems left", "longer than 4"]),

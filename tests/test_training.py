@@ -11,13 +11,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdrl_jax.models import Decoder, ModelConfig
+from kdrl_jax.objectives import METHODS, topk_divergence
 from kdrl_jax.sharding import BATCH_AXES, make_mesh, param_shardings, put_batch, replicated
-from kdrl_jax.training.batch import build_batch, rollout_rows
+from kdrl_jax.training.batch import build_batch, by_mini_batch, rollout_rows
+from kdrl_jax.training.learner import take_part
+from kdrl_jax.training.scoring import Scorer, join_micro_batches, split_micro_batches
 from kdrl_jax.training.sft import pad_examples, supervised_batch, train_supervised
 from kdrl_jax.training.state import init_params, init_state, make_optimizer, make_schedule
-from kdrl_jax.training.step import Hyper, make_update
-from kdrl_jax.training.teacher import Teacher, join_micro_batches, split_micro_batches
-from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Rollouts
+from kdrl_jax.training.step import Objective, make_hyper, make_update
+from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Rollouts, Scores
 
 VOCAB, VALID = 32, 29
 P_, G, S, T = 4, 2, 6, 10
@@ -37,6 +39,7 @@ MODEL = Decoder(
     )
 )
 ONE_DEVICE = make_mesh(devices=jax.devices()[:1])
+PLAIN = Objective()
 
 
 def rollouts(seed: int = 0) -> Rollouts:
@@ -59,9 +62,12 @@ def slots(**overrides):
         "kd_mask": "response",
         "scale": "group",
         "baseline": "mean",
-        "use_reward": True,
+        "method": METHODS["kdrl"],
+        "overlong": (0, 1.0),
+        "mask_truncated": False,
         "mask_final_eos": False,
         "max_new_tokens": T,
+        "mini_batches": 1,
     }
     return settings | overrides
 
@@ -69,32 +75,49 @@ def slots(**overrides):
 REWARDS = np.array([[1, 0], [0, 0], [1, 1], [0, 1]], np.float32)
 
 
+def teacher_scores(seed: int = 1) -> Scores:
+    rng = np.random.default_rng(seed)
+    return Scores(teacher_log_probs=rng.normal(-3, 1, (P_ * G, T)).astype(np.float32))
+
+
+def make_parts(scores: Scores, **overrides):
+    """Mini-batches, from random rollouts and given scores, on one device."""
+    sampled, beta = rollouts(), jnp.float32(0.5)
+    rows = rollout_rows(sampled)
+    return build_batch(rows, sampled, jnp.asarray(REWARDS), scores, beta, **slots(**overrides))
+
+
 def make_batch(teacher_seed: int = 1, **overrides):
-    """A batch with random teacher log-probs, on one device."""
-    sampled = rollouts()
-    teacher = np.random.default_rng(teacher_seed).normal(-3, 1, (P_ * G, T)).astype(np.float32)
-    return build_batch(rollout_rows(sampled), sampled, REWARDS, teacher, **slots(**overrides))
+    """A batch with random teacher log-probs."""
+    return take_part(make_parts(teacher_scores(teacher_seed), **overrides), 0)
 
 
-def hyper(mesh, beta: float = 0.5) -> Hyper:
-    values = Hyper(*map(np.float32, (beta, 0.8, 0.2, 0.2, 0.01)))
-    return jax.device_put(values, replicated(mesh))
+def hyper(mesh, beta: float = 0.5):
+    return make_hyper(mesh, beta=beta, temperature=0.8, entropy_coef=0.01)
 
 
-def one_update(mesh, batch, micro_batches: int = 1, beta: float = 0.5):
+def one_update(
+    mesh,
+    batch,
+    micro_batches: int = 1,
+    beta: float = 0.5,
+    objective: Objective = PLAIN,
+    head=None,
+):
     """Weights after one plain SGD step of size 1, so that their change is −gradient."""
     optimizer = optax.sgd(1.0)
     update = make_update(
         MODEL,
         optimizer,
         mesh,
-        kd_estimator="k2",
+        objective=objective,
         micro_batches=micro_batches,
         valid_vocab=VALID,
         chunk=4,
     )
     state = init_state(init_params(MODEL, jax.random.key(0), mesh), optimizer, mesh)
-    state, metrics = update(state, put_batch(mesh, batch), hyper(mesh, beta))
+    head = None if head is None else jax.device_put(head, replicated(mesh))
+    state, metrics = update(state, put_batch(mesh, batch), hyper(mesh, beta), head)
     return jax.device_get(state.params), {k: float(v) for k, v in metrics.items()}
 
 
@@ -160,19 +183,166 @@ def test_the_teacher_matters(reference) -> None:
 def test_without_beta_the_teacher_does_not_matter() -> None:
     a, _ = one_update(ONE_DEVICE, make_batch(), beta=0.0)
     b, _ = one_update(ONE_DEVICE, make_batch(teacher_seed=2), beta=0.0)
-    sampled = rollouts()
-    no_teacher = build_batch(rollout_rows(sampled), sampled, REWARDS, None, **slots())
+    no_teacher = take_part(make_parts(Scores()), 0)
     c, metrics = one_update(ONE_DEVICE, no_teacher, beta=0.5)
     assert_same(a, b, 0.0)
     assert_same(a, c)
     assert "kl/teacher" not in metrics
 
 
+# --- what each method puts into the slots ---------------------------------------------------
+
+
 def test_kd_rkl_is_blind_to_rewards() -> None:
-    settings = {"use_reward": False, "kd_mask": "none"}
-    batch = make_batch(**settings)
+    batch = make_batch(method=METHODS["kd_rkl"], kd_mask="none")
     assert not np.any(batch.advantages)
     assert np.any(batch.kd_weights)
+
+
+def test_sft_trains_on_right_responses_alone() -> None:
+    settings = {"method": METHODS["sft"], "aggregation": "seq-mean-token-mean"}
+    batch = jax.device_get(take_part(make_parts(Scores(), **settings), 0))
+    right, lengths = REWARDS.reshape(-1) > 0, rollouts().lengths.reshape(-1)
+    expected = np.where(right, 1 / right.sum() / lengths, 0)[:, None] * np.ones((1, T))
+    expected[np.arange(T)[None, :] >= lengths[:, None]] = 0
+    np.testing.assert_allclose(batch.weights, expected, rtol=1e-6)
+    assert (batch.advantages == 1).all()
+    assert not batch.kd_weights.any()
+
+
+def test_reward_shaping_moves_the_teacher_into_the_advantages() -> None:
+    sampled = rollouts()
+    batch = jax.device_get(make_batch(method=METHODS["reward_shaping"], scale="none"))
+    teacher = np.asarray(teacher_scores().teacher_log_probs).reshape(P_, G, T)
+    mask = np.arange(T) < sampled.lengths[..., None]
+    shaped = REWARDS - 0.5 * np.where(mask, sampled.log_probs - teacher, 0).sum(-1)
+    expected = shaped - shaped.mean(1, keepdims=True)
+    np.testing.assert_allclose(batch.advantages[:, 0], expected.reshape(-1), atol=1e-5)
+    assert not batch.kd_weights.any()
+
+
+def test_overlong_responses_lose_reward_and_may_be_masked() -> None:
+    sampled = rollouts()
+    batch = jax.device_get(make_batch(scale="none", overlong=(4, 0.5), mask_truncated=True))
+    punished = REWARDS - 0.5 * np.clip((sampled.lengths - (T - 4)) / 4, 0, 1)
+    expected = punished - punished.mean(1, keepdims=True)
+    np.testing.assert_allclose(batch.advantages[:, 0], expected.reshape(-1), atol=1e-6)
+    cut = sampled.finish_reason.reshape(-1) == FINISH_LENGTH
+    assert cut.any()
+    assert not batch.weights[cut].any()
+    assert (batch.weights[~cut, 0] > 0).all()
+
+
+@pytest.mark.parametrize("mode", ["group-token-mean", "token-mean", "seq-mean-token-mean"])
+def test_mini_batches_are_whole_groups_normalised_alone(mode: str) -> None:
+    parts = make_parts(teacher_scores(), aggregation=mode, mini_batches=2, kd_mask="none")
+    whole = make_batch(aggregation=mode, kd_mask="none")
+    for index in range(2):
+        part = jax.device_get(take_part(parts, index))
+        rows = np.concatenate([np.arange(G) + p * G for p in range(index, P_, 2)])
+        np.testing.assert_array_equal(part.tokens, np.asarray(whole.tokens)[rows])
+        np.testing.assert_array_equal(part.advantages, np.asarray(whole.advantages)[rows])
+        assert part.weights.sum() == pytest.approx(1.0)
+        assert part.kd_weights.sum() == pytest.approx(1.0)
+
+
+def test_mini_batch_split_keeps_every_row_once() -> None:
+    parts = by_mini_batch(jnp.arange(24).reshape(12, 2), groups=6, count=3)
+    assert parts.shape == (3, 4, 2)
+    np.testing.assert_array_equal(parts[1, :, 0] // 2, [2, 3, 8, 9])
+    assert sorted(np.asarray(parts).reshape(-1).tolist()) == list(range(24))
+
+
+# --- distillation from distributions --------------------------------------------------------
+
+SUPPORTS = ("teacher", "student", "tail")
+
+
+def distribution_batch(kind: str):
+    """A batch with what `kind` needs of a second random model, and that model's head."""
+    params = init_params(MODEL, jax.random.key(5), ONE_DEVICE)
+    mine = init_params(MODEL, jax.random.key(0), ONE_DEVICE)
+    scorer = Scorer(MODEL, ONE_DEVICE, rows=4, valid_vocab=VALID, chunk=3)
+    rows, heat = rollout_rows(rollouts()), jnp.float32(0.8)
+    scored = support = of_support = hidden = None
+    if kind == "full":
+        scored, hidden = scorer.hidden(params, rows, T, heat)
+    elif kind == "student":
+        _, support, _ = scorer.top_support(mine, rows, 7, T, heat)
+        scored, of_support = scorer.at_support(params, rows, support, T, heat)
+    else:
+        scored, support, of_support = scorer.top_support(params, rows, 7, T, heat)
+    scores = Scores(
+        teacher_log_probs=scored,
+        support=support,
+        support_log_probs=of_support,
+        teacher_hidden=hidden,
+    )
+    return take_part(make_parts(scores, kd_mask="none"), 0), MODEL.head(params), params
+
+
+def objective_of(kind: str) -> Objective:
+    return Objective(kd_estimator="full" if kind == "full" else "topk", support=kind)
+
+
+@pytest.mark.parametrize("kind", [*SUPPORTS, "full"])
+def test_distributions_reach_the_loss_unchanged_by_micro_batches_and_mesh(kind: str) -> None:
+    batch, head, other = distribution_batch(kind)
+    params, metrics = one_update(ONE_DEVICE, batch, objective=objective_of(kind), head=head)
+    assert metrics["loss/kd"] == pytest.approx(0.5 * plain_divergence(kind, batch, other), rel=1e-4)
+    if kind in ("tail", "full"):  # by top k and by hidden states: the two ways there are
+        mesh = make_mesh(2, 2, 2)
+        again, same = one_update(mesh, batch, 2, objective=objective_of(kind), head=head)
+        assert_same(again, params, 5e-6)
+        assert same == pytest.approx(metrics, abs=5e-5)
+
+
+def plain_divergence(kind: str, batch, teacher_params) -> float:
+    """Σ w·D from whole logits, in NumPy."""
+    mine = init_params(MODEL, jax.random.key(0), ONE_DEVICE)
+    log_p, log_q = (
+        whole_log_probs(params, batch.tokens, batch.positions, batch.segment_ids, 0.8)
+        for params in (mine, teacher_params)
+    )
+    if kind == "full":
+        divergence = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    else:
+        by = log_p if kind == "student" else log_q
+        chosen = np.argsort(-by, axis=-1)[..., :7]
+        p, q = (np.exp(np.take_along_axis(x, chosen, -1)) for x in (log_p, log_q))
+        if kind == "tail":
+            p, q = (np.concatenate([x, 1 - x.sum(-1, keepdims=True)], -1) for x in (p, q))
+        p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
+        divergence = (p * np.log(p / q)).sum(-1)
+    return float((np.asarray(batch.kd_weights) * divergence).sum())
+
+
+def whole_log_probs(params, tokens, positions, segment_ids, temperature: float) -> np.ndarray:
+    """log π over the known vocabulary `[B, T, VALID]`, without chunks, float64."""
+    hidden = MODEL.apply(params, tokens, positions, segment_ids)
+    logits = np.asarray(MODEL.logits(params, hidden), np.float64)
+    logits = logits[:, -T - 1 : -1, :VALID] / temperature
+    top = logits.max(-1, keepdims=True)
+    return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
+
+
+@pytest.mark.parametrize("kind", SUPPORTS)
+def test_whole_support_is_the_full_divergence(kind: str, rng) -> None:
+    log_p, log_q = (jax.nn.log_softmax(rng.normal(size=(3, 9))) for _ in range(2))
+    full = (np.exp(log_p) * (log_p - log_q)).sum(-1)
+    np.testing.assert_allclose(topk_divergence(log_p, log_q, kind), full, atol=1e-6)
+
+
+def test_trrd_has_its_own_ratio(reference) -> None:
+    batch = make_batch(method=METHODS["trrd"])
+    trrd, metrics = one_update(ONE_DEVICE, batch, objective=Objective(ratio="trrd"))
+    assert "trrd/clamped_frac" in metrics
+    # make_hyper's alpha is 1: that is GRPO, whoever the teacher is.
+    grpo, _ = one_update(ONE_DEVICE, take_part(make_parts(Scores()), 0))
+    assert_same(trrd, grpo)
+
+
+# --- rows and scores ------------------------------------------------------------------------
 
 
 def test_rows_put_prompts_left_and_completions_right() -> None:
@@ -208,20 +378,22 @@ def test_micro_batches_join_to_what_was_split() -> None:
 
 
 @pytest.mark.parametrize("mesh", [ONE_DEVICE, make_mesh(2, 2, 2)], ids=["1", "2x2x2"])
-def test_teacher_scores_equal_a_plain_softmax(mesh) -> None:
+def test_scores_equal_a_plain_softmax(mesh) -> None:
     """Chunked, micro-batched and on its own mesh, against NumPy on the whole logits."""
     params = init_params(MODEL, jax.random.key(5), mesh)
     rows = jax.device_get(rollout_rows(rollouts()))
-    teacher = Teacher(MODEL, params, mesh, rows=4, valid_vocab=VALID, chunk=3)
-    like = NamedSharding(ONE_DEVICE, P(BATCH_AXES))
-    got = teacher.score(rows, T, jnp.float32(0.7), like)
-    assert got.sharding == like
+    scorer = Scorer(MODEL, mesh, ONE_DEVICE, rows=4, valid_vocab=VALID, chunk=3)
+    got = scorer.log_probs(params, rows, T, jnp.float32(0.7))
+    assert got.sharding == NamedSharding(ONE_DEVICE, P(BATCH_AXES))
     alone = jax.device_put(jax.device_get(params), ONE_DEVICE.devices.flat[0])
-    logits = np.asarray(MODEL.logits(alone, MODEL.apply(alone, *rows)), np.float64)
-    logits = logits[:, -T - 1 : -1, :VALID] / 0.7
-    log_z = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
-    chosen = np.take_along_axis(logits, rows.tokens[:, -T:, None], -1)[..., 0]
-    np.testing.assert_allclose(got, chosen - log_z, atol=1e-4)
+    everything = whole_log_probs(alone, *rows, 0.7)
+    expected = np.take_along_axis(everything, rows.tokens[:, -T:, None], -1)[..., 0]
+    np.testing.assert_allclose(got, expected, atol=1e-4)
+    support = np.random.default_rng(0).integers(0, VALID, (P_ * G, T, 3)).astype(np.int32)
+    again, of_support = scorer.at_support(params, rows, support, T, jnp.float32(0.7))
+    np.testing.assert_allclose(again, expected, atol=1e-4)
+    chosen = np.take_along_axis(everything, support, -1)
+    np.testing.assert_allclose(of_support, chosen, atol=1e-4)
 
 
 def test_supervised_gradient_is_cross_entropy() -> None:
@@ -233,15 +405,13 @@ def test_supervised_gradient_is_cross_entropy() -> None:
         MODEL,
         optimizer,
         ONE_DEVICE,
-        kd_estimator="k2",
         micro_batches=1,
         valid_vocab=VALID,
         chunk=16,
     )
     params = init_params(MODEL, jax.random.key(0), ONE_DEVICE)
     before = jax.device_get(params)
-    zero, one = np.float32(0), np.float32(1)
-    flat = jax.device_put(Hyper(zero, one, one, one, zero), replicated(ONE_DEVICE))
+    flat = make_hyper(ONE_DEVICE, beta=0.0, temperature=1.0)
     state = init_state(params, optimizer, ONE_DEVICE)
     state, _ = update(state, put_batch(ONE_DEVICE, batch), flat)
 

@@ -1,12 +1,21 @@
-"""From files to padded token ids: problems, tokenizers, prompts and the order of batches."""
+"""From data sets to padded token ids: problems, filters, tokenizers, prompts, order of batches."""
 
 from kdrl_jax.data.batches import PromptBatches
+from kdrl_jax.data.filters import (
+    STAGE2_FILTERS,
+    ZERO_RL_STUDENT_FILTERS,
+    ZERO_RL_TEACHER_FILTERS,
+    FilterReport,
+    apply_filters,
+    parse_filters,
+)
 from kdrl_jax.data.hf_tokenizer import HFTokenizer
-from kdrl_jax.data.problems import load_problems
+from kdrl_jax.data.problems import ReadReport, load_problems, read_problems
 from kdrl_jax.data.prompts import (
     PROMPT_STYLES,
     PromptReport,
     PromptStyle,
+    encode_prompt,
     encode_prompts,
     pad_prompts,
 )
@@ -15,16 +24,25 @@ from kdrl_jax.data.tokenizer import Message, Tokenizer, check_tokenizer_pair, lo
 
 __all__ = [
     "PROMPT_STYLES",
+    "STAGE2_FILTERS",
+    "ZERO_RL_STUDENT_FILTERS",
+    "ZERO_RL_TEACHER_FILTERS",
+    "FilterReport",
     "HFTokenizer",
     "Message",
     "PromptBatches",
     "PromptReport",
     "PromptStyle",
+    "ReadReport",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "apply_filters",
     "check_tokenizer_pair",
+    "encode_prompt",
     "encode_prompts",
     "load_problems",
     "load_tokenizer",
     "pad_prompts",
+    "parse_filters",
+    "read_problems",
 ]

@@ -7,54 +7,48 @@ from jaxtyping import Int
 
 
 class PromptBatches:
-    """`batches[step]` are the problems of a step: shuffled epochs, end to end.
+    """`batches[position]` are the problems of a step: shuffled epochs, end to end.
 
-    A function of (seed, step) alone, so a run resumes without a saved position. Every epoch holds
-    each problem once. Where a step takes the end of one epoch and the head of the next, the head
-    is rearranged so that no step asks a problem twice.
+    A `grain.MapDataset` that is a function of (seed, position) alone: the position is all there is
+    to save, and any process computes its own part. Every epoch is shuffled anew and cut into whole
+    steps, so no step asks a problem twice; the `num % per_step` problems that are left at the end
+    of an epoch are dropped, other ones in each epoch.
     """
 
-    def __init__(self, num: int, per_step: int, seed: int):
-        """num: problems in all. per_step: problems of a step, at most `num`."""
+    def __init__(self, num: int, per_step: int, seed: int, *, shard: tuple[int, int] = (0, 1)):
+        """
+        Args:
+          num: problems in all.
+          per_step: problems of a step over all processes, at most `num`.
+          seed: from 0 to 2**32 - 1.
+          shard: (index, count) of this process; it gets the index-th of `count` equal, contiguous
+            parts of every step.
+
+        Raises:
+          ValueError: an argument out of range.
+        """
+        index, count = shard
         if not 1 <= per_step <= num:
             raise ValueError(f"per_step must be in 1..{num}: {per_step}")
-        self.num, self.per_step, self.seed = num, per_step, seed
-        self._known = (-1, np.empty(0, np.int64))
+        if not 0 <= index < count or per_step % count:
+            raise ValueError(f"shard {shard} must be one of parts that divide {per_step} problems")
+        # Half a second, and most imports of this package need no batches.
+        import grain
 
-    def __getitem__(self, step: int) -> Int[np.ndarray, "P"]:
-        """Indices [per_step] into the problems, int64."""
-        if step < 0:
-            raise IndexError(f"step must not be negative: {step}")
-        epoch, offset = divmod(step * self.per_step, self.num)
-        head = self._order(epoch)[offset : offset + self.per_step]
-        missing = self.per_step - len(head)
-        return np.concatenate([head, self._order(epoch + 1)[:missing]]) if missing else head.copy()
+        self.num, self.per_step, self.seed, self.shard = num, per_step, seed, shard
+        part = per_step // count
+        # grain shuffles epoch e of seed s like epoch 0 of seed s + e; mixed, seeds share nothing.
+        mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        self.dataset = (
+            grain.MapDataset.range(num)
+            .shuffle(seed=mixed)
+            .batch(per_step, drop_remainder=True)
+            .repeat()
+            .map(lambda batch: batch[index * part : (index + 1) * part].astype(np.int64))
+        )
 
-    def _order(self, epoch: int) -> Int[np.ndarray, "num"]:
-        """The order of all problems in an epoch."""
-        known, order = self._known
-        if known != epoch:
-            # Only the first per_step places are rearranged: with two steps or more in an epoch,
-            # that leaves the end alone, and so the next epoch's head depends on one shuffle only.
-            start = max(0, epoch - 1) if self.num >= 2 * self.per_step else 0
-            if not start <= known < epoch:
-                known, order = start, self._shuffle(start)
-            for e in range(known + 1, epoch + 1):
-                order = self._rearranged(self._shuffle(e), e, order)
-            self._known = (epoch, order)
-        return order
-
-    def _rearranged(self, order: np.ndarray, epoch: int, previous: np.ndarray) -> np.ndarray:
-        """Move the problems that the step across the border already has behind that step."""
-        shared = epoch * self.num % self.per_step  # this many of its problems are of `previous`
-        if not shared:
-            return order
-        head, rest = order[: self.per_step], order[self.per_step :]
-        asked = np.isin(head, previous[-shared:])
-        return np.concatenate([head[~asked], head[asked], rest])
-
-    def _shuffle(self, epoch: int) -> np.ndarray:
-        """Sorting raw random words: NumPy promises their stream, unlike that of permutation()."""
-        entropy = (self.seed % 2**64, epoch)
-        words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(self.num)
-        return np.argsort(words, kind="stable")
+    def __getitem__(self, position: int) -> Int[np.ndarray, "P"]:
+        """Indices [per_step / count] into the problems, int64."""
+        if position < 0:
+            raise IndexError(f"position must not be negative: {position}")
+        return self.dataset[position]

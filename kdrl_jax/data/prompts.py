@@ -66,20 +66,23 @@ def encode_prompts(
     Raises:
       UserError: an unknown style, or one that needs a chat template where there is none.
     """
-    if style not in PROMPT_STYLES:
-        names = ", ".join(PROMPT_STYLES)
-        raise UserError(f"data.prompt_style: {style!r} is unknown; use one of {names}")
-    suffix, chat = PROMPT_STYLES[style].suffix, PROMPT_STYLES[style].chat
     kept = []
     for problem in problems:
-        text = problem.problem + suffix
-        if chat:
-            ids = tokenizer.chat([{"role": "user", "content": text}])
-        else:
-            ids = [*tokenizer.start_ids, *tokenizer.encode(text)]
+        ids = encode_prompt(problem, tokenizer, style)
         if len(ids) <= max_tokens:
             kept.append((problem, ids))
     return kept, PromptReport(len(kept), len(problems), max_tokens)
+
+
+def encode_prompt(problem: Problem, tokenizer: Tokenizer, style: str) -> list[int]:
+    """The token ids of one problem's prompt, the chat template's included; see `encode_prompts`."""
+    if style not in PROMPT_STYLES:
+        names = ", ".join(PROMPT_STYLES)
+        raise UserError(f"data.prompt_style: {style!r} is unknown; use one of {names}")
+    text = problem.problem + PROMPT_STYLES[style].suffix
+    if PROMPT_STYLES[style].chat:
+        return tokenizer.chat([{"role": "user", "content": text}])
+    return [*tokenizer.start_ids, *tokenizer.encode(text)]
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], buckets: Sequence[int], pad_id: int) -> Prompts:

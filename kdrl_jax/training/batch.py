@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kdrl_jax.objectives import group_advantages, kd_weights, token_weights
+from kdrl_jax.objectives import (
+    Method,
+    group_advantages,
+    kd_weights,
+    overlong_penalty,
+    shaped_rewards,
+    token_weights,
+)
 from kdrl_jax.objectives.advantages import Baseline, Scale
 from kdrl_jax.rollout.decode import prompt_layout
 from kdrl_jax.sharding import constrain
-from kdrl_jax.types import FINISH_EOS, Rollouts, TrainBatch
+from kdrl_jax.types import FINISH_EOS, Rollouts, Scores, TrainBatch
+
+Overlong = tuple[int, float]
+"""Tokens of the budget that are punished, and the punishment at its end."""
 
 
 class Rows(NamedTuple):
@@ -52,52 +63,96 @@ def rollout_rows(rollouts: Rollouts) -> Rows:
     return Rows(*(constrain(x, "batch", None) for x in rows))
 
 
+def by_mini_batch(x: Array, groups: int, count: int) -> Array:
+    """`[B, …]` of `groups` groups → `[count, B / count, …]`, each part of whole groups.
+
+    Strided over the groups, so that each device keeps the rows it has.
+    """
+    size, rest = x.shape[0] // groups, x.shape[1:]
+    x = x.reshape(groups // count, count, size, *rest).swapaxes(0, 1)
+    x = x.reshape(count, groups // count * size, *rest)
+    return constrain(x, None, "batch", *(None,) * len(rest))
+
+
 def build_batch(
     rows: Rows,
     rollouts: Rollouts,
     rewards: Float[Array, "P G"],
-    teacher_log_probs: Float[Array, "B T"] | None,
+    scores: Scores,
+    beta: Float[Array, ""],
     *,
+    method: Method,
     aggregation: str,
     kd_mask: str,
     scale: Scale,
     baseline: Baseline,
-    use_reward: bool,
+    overlong: Overlong,
+    mask_truncated: bool,
     mask_final_eos: bool,
     max_new_tokens: int,
+    mini_batches: int,
 ) -> TrainBatch:
     """Fill the slots of the objective. Jit it with everything but the arrays bound.
 
     Args:
       rewards: 0 or 1 for each rollout.
-      teacher_log_probs: None where no teacher is loaded; the distillation weights are then 0.
+      scores: see `Scores`; without teacher log-probs nothing is distilled.
+      beta: β, used here by reward shaping alone.
+      method: what the objective takes from rewards and teacher.
       aggregation, kd_mask, scale, baseline: see `kdrl_jax.objectives`.
-      use_reward: False sets all advantages to 0 (KD-RKL).
-      mask_final_eos: drop the distillation term on the end token, for a teacher that ends with
+      overlong: (buffer, penalty) of `overlong_penalty`.
+      mask_truncated: give responses cut at the limit no weight.
+      mask_final_eos: drop the teacher's opinion of the end token, for a teacher that ends with
         another token than the student.
       max_new_tokens: the budget, by which `seq-mean-token-sum-norm` divides.
+      mini_batches: M, which divides P.
+
+    Returns:
+      A batch with a leading axis: `[M, B / M, …]`. The weights are normalised within each of the
+      M parts, so each makes an update of its own.
     """
     p, g, t = rollouts.tokens.shape
-    lengths = rollouts.lengths.reshape(p * g)
+    lengths, finish = rollouts.lengths.reshape(p * g), rollouts.finish_reason.reshape(p * g)
+    outcomes = rewards.reshape(p * g)
     mask = jnp.arange(t)[None, :] < lengths[:, None]
-    groups = jnp.repeat(jnp.arange(p), g)
-    weights = token_weights(mask, groups, aggregation, max_length=max_new_tokens)
-    advantages = group_advantages(rewards, scale=scale, baseline=baseline) * float(use_reward)
-    distilled, teacher = jnp.zeros_like(weights), teacher_log_probs
-    if teacher is not None:
-        distilled = kd_weights(weights, rewards.reshape(p * g), groups, kd_mask)
-        if mask_final_eos:
-            ended = rollouts.finish_reason.reshape(p * g) == FINISH_EOS
-            last = (jnp.arange(t)[None, :] == (lengths - 1)[:, None]) & ended[:, None]
-            distilled, teacher = jnp.where(last, 0.0, distilled), jnp.where(last, jnp.nan, teacher)
-    return TrainBatch(
+    teacher, judged = scores.teacher_log_probs, jnp.ones_like(mask)
+    if teacher is not None and mask_final_eos:
+        last = jnp.arange(t)[None, :] == (lengths - 1)[:, None]
+        judged = ~(last & (finish == FINISH_EOS)[:, None])
+        teacher = jnp.where(judged, teacher, jnp.nan)
+
+    sampler = rollouts.log_probs.reshape(p * g, t)
+    rewards = rewards + overlong_penalty(rollouts.lengths, max_new_tokens, *overlong)
+    if method.shaped and teacher is not None:
+        rewards = shaped_rewards(rewards, sampler, teacher, mask, beta)
+    advantages = group_advantages(rewards, scale=scale, baseline=baseline) * float(method.policy)
+    if method.supervised:
+        advantages = jnp.ones_like(rewards)
+        mask &= (outcomes > 0)[:, None]
+    if mask_truncated:
+        mask &= (finish == FINISH_EOS)[:, None]
+
+    flat = TrainBatch(
         tokens=rows.tokens,
         positions=rows.positions,
         segment_ids=rows.segment_ids,
-        sampler_log_probs=rollouts.log_probs.reshape(p * g, t),
-        old_log_probs=None,
+        sampler_log_probs=sampler,
+        old_log_probs=scores.old_log_probs,
         teacher_log_probs=teacher,
-        advantages=jnp.broadcast_to(advantages.reshape(p * g, 1), weights.shape),
-        weights=weights,
-        kd_weights=distilled,
+        advantages=jnp.broadcast_to(advantages.reshape(p * g, 1), (p * g, t)),
+        weights=mask.astype(jnp.float32),
+        kd_weights=judged.astype(jnp.float32) * float(method.kd and teacher is not None),
+        reference_log_probs=scores.reference_log_probs,
+        support=scores.support,
+        support_log_probs=scores.support_log_probs,
+        teacher_hidden=scores.teacher_hidden,
     )
+
+    def weigh(mask: Array, outcomes: Array) -> tuple[Array, Array]:
+        groups = jnp.repeat(jnp.arange(p // mini_batches), g)
+        weights = token_weights(mask, groups, aggregation, max_length=max_new_tokens)
+        return weights, kd_weights(weights, outcomes, groups, kd_mask)
+
+    parts, of_parts = jax.tree.map(lambda x: by_mini_batch(x, p, mini_batches), (flat, outcomes))
+    weights, distilled = jax.vmap(weigh)(parts.weights, of_parts)
+    return dataclasses.replace(parts, weights=weights, kd_weights=parts.kd_weights * distilled)

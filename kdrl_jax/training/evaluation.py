@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -10,9 +11,22 @@ import numpy as np
 from kdrl_jax.data import Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
-from kdrl_jax.types import FINISH_LENGTH, Params, Problem, Rollouts, Verdict
+from kdrl_jax.rollout.repetition import repeats
+from kdrl_jax.types import FINISH_LENGTH, Params, Problem, Rollouts, SamplingParams, Verdict
 
 EncodedProblem = tuple[Problem, list[int]]
+
+
+class Responses(NamedTuple):
+    """What a policy said to P problems, G times each: flat lists of P·G, problem by problem."""
+
+    texts: list[str]
+    lengths: list[int]
+    """Tokens, the end token included."""
+    cut: list[bool]
+    """Whether the limit ended it."""
+    repeats: list[bool]
+    """Whether it was cut and had begun to repeat itself."""
 
 
 def completion_texts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
@@ -23,6 +37,56 @@ def completion_texts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
     flat = tokens.reshape(-1, tokens.shape[-1])
     keep = (lengths - (finish != FINISH_LENGTH)).reshape(-1)
     return [tokenizer.decode(row[:n].tolist()) for row, n in zip(flat, keep, strict=True)]
+
+
+def grade_all(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
+    """Verdicts on G responses to each of P problems, `texts` being P·G, problem by problem."""
+    each = [problem for problem in problems for _ in range(len(texts) // len(problems))]
+    return grader.grade(texts, [p.answer for p in each], [p.meta for p in each])
+
+
+def respond(
+    engine: RolloutEngine,
+    params: Params,
+    prompts: Sequence[list[int]],
+    numbers: Sequence[int],
+    tokenizer: Tokenizer,
+    sampling: SamplingParams,
+    *,
+    buckets: Sequence[int],
+    seed: int,
+) -> Responses:
+    """Answer one batch of prompts; waits for the devices.
+
+    Args:
+      prompts: at most P, where `sampling` is for [P, G] requests. Fewer are filled up with
+        repeats, which are not returned, so that the last batch needs no program of its own.
+      numbers: of the problems. What is drawn depends on (seed, number, sample) alone: neither on
+        the batch nor on the training step, so two evaluations differ by the policy.
+    """
+    batch, samples = sampling.max_new_tokens.shape
+    filled = [i % len(prompts) for i in range(batch)]
+    rollouts = engine.generate(
+        params,
+        pad_prompts([prompts[i] for i in filled], buckets, tokenizer.pad_id),
+        request_keys(seed, 0, [numbers[i] for i in filled], samples),
+        sampling,
+    )
+    real = len(prompts) * samples
+    tokens, lengths, finish = jax.device_get(
+        (rollouts.tokens, rollouts.lengths, rollouts.finish_reason)
+    )
+    rows = tokens.reshape(-1, tokens.shape[-1])[:real]
+    ends = lengths.reshape(-1)[:real].tolist()
+    cut = (finish.reshape(-1)[:real] == FINISH_LENGTH).tolist()
+    return Responses(
+        texts=completion_texts(rollouts, tokenizer)[:real],
+        lengths=ends,
+        cut=cut,
+        repeats=[
+            c and repeats(row[:n].tolist()) for row, n, c in zip(rows, ends, cut, strict=True)
+        ],
+    )
 
 
 def evaluate(
@@ -39,15 +103,18 @@ def evaluate(
     buckets: Sequence[int],
     seed: int,
 ) -> tuple[dict[str, float], list[Verdict]]:
-    """`eval/…` metrics: the mean reward over problems and samples, lengths, truncation.
+    """`eval/…` metrics: means over problems and samples, and the verdicts.
 
-    The last batch is filled up with repeats, which count for nothing; the keys do not depend on
-    the training step, so two evaluations differ by the policy alone.
+    Returns:
+      accuracy (mean reward), length in tokens, and the shares of all responses that were cut by
+      the limit (truncated_frac) and that were cut while they repeated themselves
+      (repetition_frac).
     """
     batch = min(batch, len(problems))
     verdicts: list[Verdict] = []
-    lengths: list[float] = []
-    truncated: list[bool] = []
+    lengths: list[int] = []
+    cut: list[bool] = []
+    repeating: list[bool] = []
     sampling = sampling_params(
         (batch, samples),
         tokenizer.stop_ids,
@@ -55,19 +122,18 @@ def evaluate(
         temperature=temperature,
     )
     for start in range(0, len(problems), batch):
-        real = list(problems[start : start + batch])
-        filled = [real[i % len(real)] for i in range(batch)]
-        keys = request_keys(seed, 0, start + np.arange(batch), samples)
-        prompts = pad_prompts([ids for _, ids in filled], buckets, tokenizer.pad_id)
-        rollouts = engine.generate(params, prompts, keys, sampling)
-        texts = completion_texts(rollouts, tokenizer)[: len(real) * samples]
-        answers = [problem.answer for problem, _ in real for _ in range(samples)]
-        verdicts += grader.grade(texts, answers)
-        lengths += np.asarray(rollouts.lengths)[: len(real)].reshape(-1).tolist()
-        finish = np.asarray(rollouts.finish_reason)[: len(real)].reshape(-1)
-        truncated += (finish == FINISH_LENGTH).tolist()
+        asked = problems[start : start + batch]
+        prompts, numbers = [ids for _, ids in asked], range(start, start + len(asked))
+        said = respond(
+            engine, params, prompts, numbers, tokenizer, sampling, buckets=buckets, seed=seed
+        )
+        verdicts += grade_all(grader, said.texts, [problem for problem, _ in asked])
+        lengths += said.lengths
+        cut += said.cut
+        repeating += said.repeats
     return {
         "eval/accuracy": float(np.mean([v.reward for v in verdicts])),
         "eval/length": float(np.mean(lengths)),
-        "eval/truncated_frac": float(np.mean(truncated)),
+        "eval/truncated_frac": float(np.mean(cut)),
+        "eval/repetition_frac": float(np.mean(repeating)),
     }, verdicts

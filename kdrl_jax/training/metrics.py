@@ -98,7 +98,7 @@ def lock_folder(folder: Path) -> None:
     except BlockingIOError as error:
         file.close()
         raise UserError(
-            f"--workdir: {folder} is in use by another process; wait for it or give another folder"
+            f"{folder}: in use by another process; wait for it or give another folder"
         ) from error
     _LOCKS[folder.resolve()] = file
 

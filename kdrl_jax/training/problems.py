@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
 from kdrl_jax.data import (
     SentencePieceTokenizer,
     Tokenizer,
+    apply_filters,
+    encode_prompt,
     encode_prompts,
-    load_problems,
     load_tokenizer,
+    parse_filters,
+    read_problems,
 )
-from kdrl_jax.tasks.registry import TASKS
+from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.evaluation import EncodedProblem
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.roles import model_folder
 from kdrl_jax.types import Problem, UserError
+
+
+class RunData(NamedTuple):
+    """What a run trains on and is measured on, tokenised."""
+
+    training: list[EncodedProblem]
+    held_out: list[EncodedProblem]
+    """Empty if eval.every is 0."""
+    report: dict[str, Any]
+    """What was read, filtered and left out: JSON-able, for the run's folder."""
 
 
 def load_run_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -25,37 +40,59 @@ def load_run_tokenizer(config: ConfigDict) -> Tokenizer:
     folder = config.tokenizer or config.student.path
     if folder:
         return load_tokenizer(model_folder(folder))
-    return SentencePieceTokenizer.train(TASKS[config.data.task].alphabet)
+    alphabet = get_task(config.data.task).alphabet
+    assert alphabet is not None  # see validation
+    return SentencePieceTokenizer.train(alphabet)
 
 
-def load_run_data(
-    config: ConfigDict, tokenizer: Tokenizer, display: Display
-) -> tuple[list[EncodedProblem], list[EncodedProblem]]:
-    """Tokenised training problems and held-out problems; the latter empty if eval.every is 0.
+def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) -> RunData:
+    """Training problems, filtered and tokenised, and held-out problems.
 
     Raises:
       UserError: unreadable rows, nothing left after the filters, too few problems for a step.
     """
     data = config.data
+    parse_filters(data.filters)  # before anything is read or downloaded
+    report: dict[str, Any] = {}
+    wanted = config.eval.problems if config.eval.every else 0
     if data.task:
-        task = TASKS[data.task]
-        training = task.problems(data.size, data.seed, split="train")
-        held_out = task.problems(config.eval.problems, data.seed, split="test")
+        draw = functools.partial(task_problems, data.task, seed=data.seed, args=data.task_args)
+        training = draw(data.size, split="train")
+        held_out = draw(wanted, split="test") if wanted else []
     else:
-        training = load_problems(Path(data.path), data.fields)
-        wanted = data.eval_path and config.eval.every
-        held_out = load_problems(Path(data.eval_path), data.fields) if wanted else []
-    encoded = _encode(training, config, tokenizer, display, "training problems", data.path)
+        training = _read(data.path, data, display, report, "training")
+        held_out = _read(data.eval_path, data, display, report, "held-out") if wanted else []
+    if data.filters:
+        length = functools.partial(_prompt_length, tokenizer=tokenizer, style=data.prompt_style)
+        training, filtered = apply_filters(training, data.filters, length)
+        display.say(str(filtered))
+        report["filters"] = filtered.to_dict()
+    source = data.path or data.task
+    encoded = _encode(training, config, tokenizer, display, report, "training", source)
     if len(encoded) < config.rollout.prompts_per_step:
         raise UserError(
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the "
-            f"{len(encoded)} problems of {data.path or data.task}; lower it"
+            f"{len(encoded)} problems of {source}; lower it"
         )
-    if not config.eval.every:
-        return encoded, []
-    held_out = held_out[: config.eval.problems]
-    test = _encode(held_out, config, tokenizer, display, "held-out problems", data.eval_path)
-    return encoded, test
+    if not wanted:
+        return RunData(encoded, [], report)
+    source = data.eval_path or data.task
+    test = _encode(held_out[:wanted], config, tokenizer, display, report, "held-out", source)
+    return RunData(encoded, test, report)
+
+
+def _read(
+    path: str, data: ConfigDict, display: Display, report: dict[str, Any], what: str
+) -> list[Problem]:
+    problems, found = read_problems(path, data.fields, on_bad=data.on_bad)
+    if found.bad or found.notes:
+        display.say(str(found))
+    report[what] = found.to_dict()
+    return problems
+
+
+def _prompt_length(problem: Problem, tokenizer: Tokenizer, style: str) -> int:
+    return len(encode_prompt(problem, tokenizer, style))
 
 
 def _encode(
@@ -63,13 +100,14 @@ def _encode(
     config: ConfigDict,
     tokenizer: Tokenizer,
     display: Display,
+    report: dict[str, Any],
     what: str,
-    path: str,
+    source: str,
 ) -> list[EncodedProblem]:
     style, limit = config.data.prompt_style, config.data.max_prompt_tokens
-    kept, report = encode_prompts(problems, tokenizer, style, limit)
-    display.say(f"{what}: {report}")
+    kept, found = encode_prompts(problems, tokenizer, style, limit)
+    display.say(f"{what} problems: {found}")
+    report[f"{what} prompts"] = dataclasses.asdict(found)
     if not kept:
-        source = path or config.data.task
-        raise UserError(f"{source}: no {what} left after filtering ({report})")
+        raise UserError(f"{source}: no {what} problems left after filtering ({found})")
     return kept

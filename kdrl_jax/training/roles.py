@@ -14,16 +14,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdrl_jax.config import Sizes, digest
+from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
 from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf
 from kdrl_jax.sharding import param_shardings
-from kdrl_jax.tasks.registry import TASKS
+from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
 from kdrl_jax.training.metrics import Display, write_atomic
 from kdrl_jax.training.sft import Example, train_supervised
 from kdrl_jax.training.state import init_params
-from kdrl_jax.types import Params, UserError
+from kdrl_jax.training.validation import Sizes
+from kdrl_jax.types import Params, Problem, UserError
 
 
 def model_folder(path: str | Path) -> Path:
@@ -95,6 +96,12 @@ def check_roles(
                 f"{name}.path: has {shape.vocab_size} vocabulary rows, the tokenizer "
                 f"{tokenizer.size} ids; use the tokenizer that belongs to the model"
             )
+    distils = sizes.method.kd and config.kd_estimator == "topk"
+    if distils and config.kd_topk.k > tokenizer.size:
+        problems.append(
+            f"kd_topk.k: {config.kd_topk.k} exceeds the {tokenizer.size} ids of the tokenizer; "
+            "use that many at most"
+        )
     for key, mesh in meshes.items():
         ways = mesh.shape["data"] * mesh.shape["fsdp"]
         if config.micro_batch % ways:
@@ -160,11 +167,10 @@ def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> st
     Two worked solutions stand for the task's code, the vocabulary for the tokenizer's.
     """
     parts: list[Any] = [{k: v for k, v in role.to_dict().items() if k != "remat"}]
-    keys = ("task", "prompt_style", "max_prompt_tokens", "seed")
+    keys = ("task", "task_args", "prompt_style", "max_prompt_tokens", "seed")
     parts.append({k: config.data.to_dict()[k] for k in keys})
     if role.sft.steps:
-        task = TASKS[role.sft.task or config.data.task]
-        parts.append([task.solution(p) for p in task.problems(2, config.data.seed)])
+        parts.append([text for _, text in worked_problems(role, config, 2)])
     if role.path:  # other weights under the same name are another model
         files = sorted(Path(role.path).glob("*.safetensors"))
         parts += [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -193,16 +199,24 @@ def write_model_files(run: Path, shape: ModelConfig, tokenizer: Tokenizer) -> No
     tokenizer.save(run / "model")
 
 
+def worked_problems(role: ConfigDict, config: ConfigDict, count: int) -> list[tuple[Problem, str]]:
+    """`count` problems of the role's task with their worked solutions."""
+    name = role.sft.task or config.data.task
+    args = config.data.task_args if name == config.data.task else ""
+    problems = task_problems(name, count, config.data.seed + role.sft.seed, args=args)
+    solution = get_task(name).solution
+    assert solution is not None  # see validation
+    return [(problem, solution(problem)) for problem in problems]
+
+
 def worked_examples(name: str, config: ConfigDict, tokenizer: Tokenizer) -> list[Example]:
     """Prompts with worked solutions from the task, tokenised; too-long ones are dropped."""
-    sft = config[name].sft
-    task = TASKS[sft.task or config.data.task]
-    problems = task.problems(sft.problems, config.data.seed + sft.seed, split="train")
-    style = config.data.prompt_style
-    kept, _ = encode_prompts(problems, tokenizer, style, config.data.max_prompt_tokens)
+    worked = worked_problems(config[name], config, config[name].sft.problems)
+    solutions = {problem.id: solution for problem, solution in worked}
+    style, limit = config.data.prompt_style, config.data.max_prompt_tokens
+    kept, _ = encode_prompts([problem for problem, _ in worked], tokenizer, style, limit)
     return [
-        (ids, [*tokenizer.encode(task.solution(problem)), tokenizer.eos_id])
-        for problem, ids in kept
+        (ids, [*tokenizer.encode(solutions[problem.id]), tokenizer.eos_id]) for problem, ids in kept
     ]
 
 

@@ -7,17 +7,17 @@ import math
 import platform
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
 
+from kdrl_jax.objectives import Trend
 from kdrl_jax.training.checkpoints import CheckpointStore
-from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.metrics import (
     CompileCounter,
     Display,
@@ -26,7 +26,7 @@ from kdrl_jax.training.metrics import (
     write_atomic,
 )
 from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
-from kdrl_jax.types import Rollouts, TrainState, UserError, Verdict
+from kdrl_jax.types import Rollouts, TrainState, UserError
 
 
 class StopRequest:
@@ -70,6 +70,7 @@ class Run:
     Args:
       start: updates already made; lines of `metrics.jsonl` after it are dropped.
       data: digest of the problems, kept with each checkpoint.
+      trend: of KL and reward up to `start`.
     """
 
     def __init__(
@@ -80,8 +81,9 @@ class Run:
         store: CheckpointStore,
         display: Display,
         data: str,
+        trend: Trend,
     ):
-        self._data = data
+        self._data, self.trend = data, trend
         self.config, self.workdir, self.store = config, workdir, store
         self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
         self.stopping = StopRequest()
@@ -106,11 +108,12 @@ class Run:
         metrics: Mapping[str, jax.Array],
         scalars: Mapping[str, float],
         rollouts: Rollouts,
-        verdicts: Sequence[Verdict],
-        rewards: np.ndarray,
+        found: Collected,
     ) -> None:
         """Remember a step, whose `metrics` may not have been computed yet."""
-        numbers = {**scalars, **rollout_metrics(rollouts, verdicts, rewards), **self.clock.take()}
+        rewards = found.rewards
+        numbers = {**scalars, **rollout_metrics(rollouts, found.verdicts, rewards)}
+        numbers |= self.clock.take()
         numbers["tokens_per_s/rollout"] = (
             numbers["length/mean"] * rewards.size / numbers["time/rollout_s"]
         )
@@ -143,6 +146,8 @@ class Run:
                 f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient/norm']}; "
                 f"lower optimizer.learning_rate or beta; the newest checkpoint is step {saved}"
             )
+        kl = numbers.get("kl/teacher", self.trend.kl)  # the last known where no teacher was asked
+        self.trend = self.trend.observe(kl, numbers["reward/mean"])
         self._writer.write(step, dict(sorted(numbers.items())))
         shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
         if "kl/teacher" in numbers:
@@ -161,24 +166,18 @@ class Run:
         else:
             numbers |= {**metrics, **self.clock.take()}
 
-    def write_samples(
-        self,
-        step: int,
-        asked: Sequence[EncodedProblem],
-        texts: Sequence[str],
-        verdicts: Sequence[Verdict],
-        rollouts: Rollouts,
-    ) -> None:
+    def write_samples(self, step: int, found: Collected) -> None:
         """`samples/step_000010.jsonl`, every `samples.every` steps."""
         s = self.config.samples
         if s.every and step % s.every == 0:
             path = self.workdir / "samples" / f"step_{step:06d}.jsonl"
-            write_samples(path, asked, texts, verdicts, rollouts, s.count)
+            write_samples(path, found, s.count)
 
-    def save(self, step: int, state: TrainState) -> None:
+    def save(self, step: int, state: TrainState, position: int) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
         self.settle()
-        meta = {"step": step, "seed": self.config.seed, "data_position": step, "data": self._data}
+        meta = {"step": step, "seed": self.config.seed, "data_position": position}
+        meta |= {"data": self._data, "trend": list(self.trend)}
         self.store.save(step, state, meta)
         self.clock.lap("checkpoint")
 

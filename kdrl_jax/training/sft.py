@@ -61,7 +61,6 @@ def train_supervised(
         model,
         optimizer,
         mesh,
-        kd_estimator="k2",
         micro_batches=1,
         valid_vocab=valid_vocab,
         chunk=chunk,

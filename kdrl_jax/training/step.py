@@ -1,4 +1,4 @@
-"""The fused step: forward, log-probs, `kdrl_loss`, backward and AdamW in one donated program."""
+"""The fused step: forward, log-probs, loss, backward and AdamW in one donated program."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from kdrl_jax.objectives import kdrl_loss, mismatch_kl, token_log_probs
+from kdrl_jax.objectives import (
+    full_divergence,
+    kdrl_loss,
+    mismatch_kl,
+    support_log_probs,
+    token_log_probs,
+    topk_divergence,
+    trrd_loss,
+)
+from kdrl_jax.objectives.distributions import Support
 from kdrl_jax.sharding import replicated, state_shardings
-from kdrl_jax.training.teacher import split_micro_batches
+from kdrl_jax.training.scoring import split_micro_batches
 from kdrl_jax.types import Params, TrainBatch, TrainState
 
 
@@ -22,10 +31,15 @@ class Hyper(NamedTuple):
     """What a schedule may change between steps: array arguments, so nothing recompiles."""
 
     beta: Float[Array, ""]
+    policy_coef: Float[Array, ""]
     temperature: Float[Array, ""]
     clip_eps_low: Float[Array, ""]
     clip_eps_high: Float[Array, ""]
     entropy_coef: Float[Array, ""]
+    reference_coef: Float[Array, ""]
+    tis_cap: Float[Array, ""]
+    alpha: Float[Array, ""]
+    clamp: Float[Array, ""]
 
 
 def make_hyper(
@@ -33,17 +47,49 @@ def make_hyper(
     *,
     beta: float,
     temperature: float,
+    policy_coef: float = 1.0,
     clip_eps_low: float = 0.2,
     clip_eps_high: float = 0.2,
     entropy_coef: float = 0.0,
+    reference_coef: float = 0.0,
+    tis_cap: float = 0.0,
+    alpha: float = 1.0,
+    clamp: float = 1.0,
 ) -> Hyper:
     """`Hyper` from numbers, on every device of `mesh`."""
-    numbers = (beta, temperature, clip_eps_low, clip_eps_high, entropy_coef)
-    return Hyper(*jax.device_put([np.float32(x) for x in numbers], replicated(mesh)))
+    numbers = {
+        "beta": beta,
+        "policy_coef": policy_coef,
+        "temperature": temperature,
+        "clip_eps_low": clip_eps_low,
+        "clip_eps_high": clip_eps_high,
+        "entropy_coef": entropy_coef,
+        "reference_coef": reference_coef,
+        "tis_cap": tis_cap,
+        "alpha": alpha,
+        "clamp": clamp,
+    }
+    arrays = {name: np.float32(value) for name, value in numbers.items()}
+    return Hyper(**jax.device_put(arrays, replicated(mesh)))
+
+
+class Objective(NamedTuple):
+    """What is fixed while a program runs: which functions fill the slots of the loss."""
+
+    ratio: str = "old"
+    """Of the policy term: to the "old" student alone, or "trrd"."""
+    kd_estimator: str = "k2"
+    support: Support = "teacher"
+    """Of `topk_divergence`."""
+    clamp_gradient: str = "clamp"
+    tis: bool = False
+    """Whether importance weights, trainer over sampler, apply."""
+    own_rollouts: bool = True
+    """False: another model sampled, so its log-probs are no measure of the sampler's rounding."""
 
 
 Metrics = dict[str, Float[Array, ""]]
-Update = Callable[[TrainState, TrainBatch, Hyper], tuple[TrainState, Metrics]]
+Update = Callable[..., tuple[TrainState, Metrics]]
 
 
 def make_update(
@@ -51,59 +97,65 @@ def make_update(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     *,
-    kd_estimator: str,
+    objective: Objective = Objective(),  # noqa: B008 (immutable)
     micro_batches: int,
     valid_vocab: int,
     chunk: int,
 ) -> Update:
-    """`update(state, batch, hyper) -> (state, metrics)`, jitted; `state` is donated.
+    """`update(state, batch, hyper, teacher_head=None) -> (state, metrics)`, jitted.
 
-    The batch's weights carry all normalisation, so the loss is a sum over tokens: gradients and
-    metrics of the micro-batches add up, and how many there are changes nothing but memory.
+    `state` is donated. The batch's weights carry all normalisation, so the loss is a sum over
+    tokens: gradients and metrics of the micro-batches add up, and how many there are changes
+    nothing but memory.
 
     Args:
-      kd_estimator: see `kdrl_jax.objectives.kdrl_loss`.
+      objective: see `Objective`.
       micro_batches: divides the rows of a batch.
       valid_vocab, chunk: see `token_log_probs`.
     """
+    loss_of = {"old": _joint_loss, "trrd": _trrd_loss}[objective.ratio]
+    head_options = {"valid_vocab": valid_vocab, "chunk": chunk}
 
-    def loss_fn(params: Params, batch: TrainBatch, hyper: Hyper) -> tuple[Array, Metrics]:
+    def loss_fn(
+        params: Params, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None
+    ) -> tuple[Array, Metrics]:
         t = batch.weights.shape[1]
-        hidden = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
-        log_probs, entropy = token_log_probs(
-            hidden[:, -t - 1 : -1],
-            model.head(params),
-            batch.tokens[:, -t:],
-            temperature=hyper.temperature,
-            valid_vocab=valid_vocab,
-            chunk=chunk,
-        )
-        loss, metrics = kdrl_loss(
-            log_probs,
-            batch,
-            beta=hyper.beta,
-            kd_estimator=kd_estimator,
-            clip_eps_low=hyper.clip_eps_low,
-            clip_eps_high=hyper.clip_eps_high,
-            entropy=entropy,
-            entropy_coef=hyper.entropy_coef,
-        )
-        # Meaningful where both are taken at one temperature; see logprob_temperature.
-        metrics["mismatch/kl"] = mismatch_kl(log_probs, batch.sampler_log_probs, batch.weights)
+        states = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
+        hidden, targets, head = states[:, -t - 1 : -1], batch.tokens[:, -t:], model.head(params)
+        options: dict[str, Any] = {"temperature": hyper.temperature, **head_options}
+        divergence = None
+        if batch.support is not None and batch.support_log_probs is not None:
+            log_probs, entropy, of_support = support_log_probs(
+                hidden, head, targets, batch.support, **options
+            )
+            divergence = topk_divergence(of_support, batch.support_log_probs, objective.support)
+        else:
+            log_probs, entropy = token_log_probs(hidden, head, targets, **options)
+        if batch.teacher_hidden is not None and teacher_head is not None:
+            divergence = full_divergence(
+                hidden, head, batch.teacher_hidden, teacher_head, **options
+            )
+        loss, metrics = loss_of(objective, hyper, log_probs, entropy, batch, divergence)
+        if objective.own_rollouts:
+            # Meaningful where both are taken at one temperature; see logprob_temperature.
+            metrics["mismatch/kl"] = mismatch_kl(log_probs, batch.sampler_log_probs, batch.weights)
         metrics["log_probs/mean"] = jnp.sum(batch.weights * log_probs)
         return loss, metrics
 
-    def update(state: TrainState, batch: TrainBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+    def update(
+        state: TrainState, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None
+    ) -> tuple[TrainState, Metrics]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
 
         def accumulate(carry: Any, micro: TrainBatch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, carry, grad_fn(state.params, micro, hyper)), None
+            new = grad_fn(state.params, micro, hyper, teacher_head)
+            return jax.tree.map(jnp.add, carry, new), None
 
         micro = split_micro_batches(batch, micro_batches)
         first = jax.tree.map(lambda x: x[0], micro)
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(grad_fn, state.params, first, hyper),
+            jax.eval_shape(grad_fn, state.params, first, hyper, teacher_head),
         )
         (grads, metrics), _ = jax.lax.scan(accumulate, zeros, micro)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -114,11 +166,63 @@ def make_update(
 
     jitted: dict[str, Any] = {}
 
-    def run(state: TrainState, batch: TrainBatch, hyper: Hyper) -> tuple[TrainState, Metrics]:
+    def run(
+        state: TrainState, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None = None
+    ) -> tuple[TrainState, Metrics]:
         if "update" not in jitted:  # the state's own shardings are those that come out
             shardings = state_shardings(mesh, state)
             jitted["update"] = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
         with jax.set_mesh(mesh):
-            return jitted["update"](state, batch, hyper)
+            return jitted["update"](state, batch, hyper, teacher_head)
 
     return run
+
+
+def _joint_loss(
+    objective: Objective,
+    hyper: Hyper,
+    log_probs: Array,
+    entropy: Array,
+    batch: TrainBatch,
+    divergence: Array | None,
+) -> tuple[Array, Metrics]:
+    """The policy term and the distillation term side by side: KDRL and its halves."""
+    return kdrl_loss(
+        log_probs,
+        batch,
+        beta=hyper.beta,
+        kd_estimator=objective.kd_estimator,
+        kd_divergence=divergence,
+        policy_coef=hyper.policy_coef,
+        **_common(objective, hyper, entropy),
+    )
+
+
+def _trrd_loss(
+    objective: Objective,
+    hyper: Hyper,
+    log_probs: Array,
+    entropy: Array,
+    batch: TrainBatch,
+    divergence: Array | None,
+) -> tuple[Array, Metrics]:
+    """The teacher within the ratio of the policy term: RLAD."""
+    return trrd_loss(
+        log_probs,
+        batch,
+        alpha=hyper.alpha,
+        clamp=hyper.clamp,
+        clamp_gradient=objective.clamp_gradient,
+        **_common(objective, hyper, entropy),
+    )
+
+
+def _common(objective: Objective, hyper: Hyper, entropy: Array) -> dict[str, Any]:
+    return {
+        "clip_eps_low": hyper.clip_eps_low,
+        "clip_eps_high": hyper.clip_eps_high,
+        "reference_coef": hyper.reference_coef,
+        "tis_cap": hyper.tis_cap if objective.tis else None,
+        "entropy": entropy,
+        "entropy_coef": hyper.entropy_coef,
+    }

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.metrics import write_atomic
 from kdrl_jax.types import FINISH_LENGTH, OUTCOMES, Rollouts, Verdict
 
@@ -58,28 +58,21 @@ def rollout_metrics(
     }
 
 
-def write_samples(
-    path: Path,
-    problems: Sequence[EncodedProblem],
-    texts: Sequence[str],
-    verdicts: Sequence[Verdict],
-    rollouts: Rollouts,
-    count: int,
-) -> None:
+def write_samples(path: Path, found: Collected, count: int) -> None:
     """The first `count` rollouts of a step, one JSON object a line."""
-    lengths, finish = jax.device_get((rollouts.lengths, rollouts.finish_reason))
+    lengths, finish = jax.device_get((found.rollouts.lengths, found.rollouts.finish_reason))
     group = lengths.shape[1]
     lines = []
-    for i in range(min(count, len(texts))):
-        problem = problems[i // group][0]
+    for i in range(min(count, len(found.texts))):
+        problem, verdict = found.asked[i // group][0], found.verdicts[i]
         row = {
             "id": problem.id,
             "sample": i % group,
             "problem": problem.problem,
             "answer": problem.answer,
-            "completion": texts[i],
-            "reward": verdicts[i].reward,
-            "outcome": verdicts[i].outcome,
+            "completion": found.texts[i],
+            "reward": verdict.reward,
+            "outcome": verdict.outcome,
             "length": int(lengths.reshape(-1)[i]),
             "finish_reason": "length" if finish.reshape(-1)[i] == FINISH_LENGTH else "eos",
         }

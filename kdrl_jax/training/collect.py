@@ -1,0 +1,153 @@
+"""From problems to graded rollouts, with dynamic sampling where a config asks for it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
+from kdrl_jax.rewards import Grader
+from kdrl_jax.rollout import RolloutEngine, request_keys
+from kdrl_jax.sharding import replicated
+from kdrl_jax.training.evaluation import EncodedProblem, completion_texts, grade_all
+from kdrl_jax.types import Params, Rollouts, SamplingParams, Verdict
+
+Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
+
+
+def mixed(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+    """Groups that policy gradients learn from: those whose rewards are not all equal."""
+    return rewards.max(axis=1) != rewards.min(axis=1)
+
+
+def solved(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+    """Groups that rejection sampling learns from: those with a right response."""
+    return rewards.max(axis=1) > 0
+
+
+class Collected:
+    """P·G rollouts of one step with their texts; graded when first asked for `verdicts`."""
+
+    def __init__(
+        self,
+        asked: Sequence[EncodedProblem],
+        rollouts: Rollouts,
+        texts: Sequence[str],
+        grade: Callable[[], list[Verdict]],
+        metrics: dict[str, float],
+    ):
+        self.asked, self.rollouts, self.texts = asked, rollouts, texts
+        self.metrics = metrics
+        self._grade = grade
+
+    @functools.cached_property
+    def verdicts(self) -> list[Verdict]:
+        """Of the P·G rollouts, problem by problem. Grading runs on the host."""
+        return self._grade()
+
+    @property
+    def rewards(self) -> Float[np.ndarray, "P G"]:
+        """Outcome rewards, float32."""
+        rewards = [verdict.reward for verdict in self.verdicts]
+        return np.array(rewards, np.float32).reshape(len(self.asked), -1)
+
+
+class Collector:
+    """Samples and grades the groups of a step.
+
+    Args:
+      engine: of the model that samples.
+      sampling: see `sampling_params`; for the [P, G] requests of a rollout batch.
+      refill: how many more rollout batches may be drawn to replace groups that are not `useful`
+        (dynamic sampling, DAPO, arXiv 2503.14476). What cannot be replaced stays.
+    """
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        problems: Sequence[EncodedProblem],
+        batches: PromptBatches,
+        tokenizer: Tokenizer,
+        grader: Grader,
+        sampling: SamplingParams,
+        *,
+        seed: int,
+        refill: int = 0,
+        useful: Useful = mixed,
+    ):
+        self._engine, self._problems, self._batches = engine, problems, batches
+        self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
+        self._seed, self._refill, self._useful = seed, refill, useful
+        self._group = sampling.max_new_tokens.shape[1]
+        # Groups of several batches are joined, so they must be of one width.
+        self._buckets = engine.prompt_buckets[-1:] if refill else engine.prompt_buckets
+
+    def collect(
+        self, params: Params, position: int, meanwhile: Callable[[], Any] = lambda: None
+    ) -> tuple[Collected, int]:
+        """The rollouts of a step, and the data position after them.
+
+        Args:
+          params: of the model that samples.
+          position: the next rollout batch of the data.
+          meanwhile: called while the devices sample.
+        """
+        found, position = self._draw(params, position, meanwhile), position + 1
+        if not self._refill:
+            return found, position
+        drawn = [found.rewards]
+        while not (useful := self._useful(found.rewards)).all() and len(drawn) <= self._refill:
+            more, position = self._draw(params, position), position + 1
+            drawn.append(more.rewards)
+            found = self._replace(found, useful, more)
+        found.metrics = {
+            "rollout/batches": float(len(drawn)),
+            "rollout/useful_frac": float(self._useful(found.rewards).mean()),
+            "reward/drawn_mean": float(np.mean(drawn)),
+        }
+        return found, position
+
+    def _draw(
+        self, params: Params, position: int, meanwhile: Callable[[], Any] = lambda: None
+    ) -> Collected:
+        chosen = self._batches[position]
+        asked = [self._problems[i] for i in chosen]
+        prompts = pad_prompts([ids for _, ids in asked], self._buckets, self._tokenizer.pad_id)
+        keys = request_keys(self._seed, position, chosen, self._group)
+        rollouts = self._engine.generate(params, prompts, keys, self._sampling)
+        meanwhile()
+        texts = completion_texts(rollouts, self._tokenizer)
+        questions = [problem for problem, _ in asked]
+        grade = functools.partial(grade_all, self._grader, texts, questions)
+        return Collected(asked, rollouts, texts, grade, {})
+
+    def _replace(
+        self, found: Collected, useful: Bool[np.ndarray, "P"], more: Collected
+    ) -> Collected:
+        """`found` with useful groups of `more` in place of its useless ones, as far as they go."""
+        groups = len(useful)
+        spare = iter(np.flatnonzero(self._useful(more.rewards)) + groups)
+        picks = [p if good else int(next(spare, p)) for p, good in enumerate(useful)]
+        index = jax.device_put(np.array(picks, np.int32), replicated(self._engine.mesh))
+        rollouts = _take_groups(found.rollouts, more.rollouts, index)
+
+        def flat(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
+            both = [*first, *second]
+            return [both[p * self._group + g] for p in picks for g in range(self._group)]
+
+        verdicts = flat(found.verdicts, more.verdicts)
+        asked = [*found.asked, *more.asked]
+        texts = flat(found.texts, more.texts)
+        return Collected([asked[p] for p in picks], rollouts, texts, lambda: verdicts, {})
+
+
+@jax.jit
+def _take_groups(first: Rollouts, second: Rollouts, picks: Int[Array, "P"]) -> Rollouts:
+    """Groups by their index into both, one after the other."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[picks], first, second)

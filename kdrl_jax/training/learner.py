@@ -1,0 +1,199 @@
+"""From graded rollouts to the next state: scores, the filled slots, one update or several."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from kdrl_jax.models import Decoder
+from kdrl_jax.objectives import Trend, beta_schedule, phase_schedule
+from kdrl_jax.sharding import put_batch, replicated
+from kdrl_jax.training.batch import Rows, build_batch
+from kdrl_jax.training.scoring import Scorer
+from kdrl_jax.training.step import Hyper, Metrics, Objective, make_hyper, make_update
+from kdrl_jax.training.validation import Sizes
+from kdrl_jax.types import Params, Rollouts, Scores, TrainBatch, TrainState
+
+
+class Weights:
+    """A frozen model: its decoder, its weights and the mesh they are on."""
+
+    def __init__(self, model: Decoder, params: Params, mesh: Mesh):
+        self.model, self.params, self.mesh = model, params, mesh
+
+
+class Learner:
+    """What an objective needs beside rollouts and rewards, and the updates it makes of them.
+
+    Args:
+      teacher: None where nothing is scored by it.
+      reference: the initial student; None without a reference KL.
+      valid_vocab: ids that the tokenizer knows.
+      mask_final_eos: see `build_batch`.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        sizes: Sizes,
+        student: Decoder,
+        optimizer: optax.GradientTransformation,
+        mesh: Mesh,
+        *,
+        teacher: Weights | None,
+        reference: Weights | None,
+        valid_vocab: int,
+        mask_final_eos: bool,
+    ):
+        self._config, self._sizes, self._mesh = config, sizes, mesh
+        self._teacher, self._reference = teacher, reference
+        method = sizes.method
+        head = {"valid_vocab": valid_vocab, "chunk": config.logprob_chunk}
+
+        def scorer(model: Decoder, where: Mesh) -> Scorer:
+            return Scorer(model, where, mesh, rows=config.micro_batch, **head)
+
+        self._of_student = scorer(student, mesh)
+        self._of_teacher = teacher and scorer(teacher.model, teacher.mesh)
+        self._teacher_head: Array | None = None
+        if teacher and method.kd and config.kd_estimator == "full":
+            # Replicated: the loss reads it whole, a part of the vocabulary at a time.
+            head_weights = jax.jit(teacher.model.head)(teacher.params)
+            self._teacher_head = jax.device_put(head_weights, replicated(mesh))
+        self._fill_slots = jax.jit(
+            functools.partial(
+                build_batch,
+                method=method,
+                aggregation=config.aggregation,
+                kd_mask=config.kd_mask,
+                scale=config.advantage.scale,
+                baseline=config.advantage.baseline,
+                overlong=(config.reward.overlong_buffer, config.reward.overlong_penalty),
+                mask_truncated=config.mask_truncated,
+                mask_final_eos=mask_final_eos,
+                max_new_tokens=config.rollout.max_new_tokens,
+                mini_batches=config.mini_batches,
+            )
+        )
+        self._update = make_update(
+            student,
+            optimizer,
+            mesh,
+            objective=Objective(
+                ratio=method.ratio,
+                kd_estimator=config.kd_estimator,
+                support=config.kd_topk.support,
+                clamp_gradient=config.trrd.clamp_gradient,
+                tis=config.tis_cap > 0,
+                own_rollouts=method.sampler == "student",
+            ),
+            micro_batches=sizes.micro_batches,
+            **head,
+        )
+        self._beta = beta_schedule(**config.beta.to_dict())
+        self._policy_coef = phase_schedule(config.policy_phases, 1.0)
+
+    def beta(self, step: int, trend: Trend) -> float:
+        """β of a step; 0 where the objective has none."""
+        method = self._sizes.method
+        return float(self._beta(step, trend)) if method.kd or method.shaped else 0.0
+
+    def hyper(self, step: int, trend: Trend) -> Hyper:
+        """The numbers of a step, on the devices."""
+        c = self._config
+        return make_hyper(
+            self._mesh,
+            beta=self.beta(step, trend),
+            policy_coef=float(self._policy_coef(step, trend)),
+            temperature=self._sizes.logprob_temperature,
+            alpha=c.trrd.alpha,
+            clamp=c.trrd.clamp,
+            **{key: c[key] for key in ("clip_eps_low", "clip_eps_high", "entropy_coef")},
+            **{key: c[key] for key in ("reference_coef", "tis_cap")},
+        )
+
+    def score(self, params: Params, rows: Rows, beta: float, heat: Float[Array, ""]) -> Scores:
+        """What the step's loss will compare with; does not wait for it.
+
+        The teacher is not asked while β is 0, nor the old student where each rollout batch makes
+        one update: it is then the student itself.
+
+        Args:
+          params: the student's, before the step's first update.
+          heat: the temperature of the log-probs.
+        """
+        length, method = self._config.rollout.max_new_tokens, self._sizes.method
+        old = support = of_support = hidden = reference = scored = None
+        asked = method.ratio == "trrd" or beta > 0
+        teacher = self._teacher if method.scores and asked else None
+        estimator = self._config.kd_estimator if method.kd and teacher else ""
+        k = self._config.kd_topk.k
+        if estimator == "topk" and self._config.kd_topk.support == "student":
+            old, support, _ = self._of_student.top_support(params, rows, k, length, heat)
+        if self._sizes.updates > 1 and old is None:
+            old = self._of_student.log_probs(params, rows, length, heat)
+        if self._reference:
+            reference = self._of_student.log_probs(self._reference.params, rows, length, heat)
+        if teacher and self._of_teacher:
+            ask, weights = self._of_teacher, teacher.params
+            if support is not None:
+                scored, of_support = ask.at_support(weights, rows, support, length, heat)
+            elif estimator == "topk":
+                scored, support, of_support = ask.top_support(weights, rows, k, length, heat)
+            elif estimator == "full":
+                scored, hidden = ask.hidden(weights, rows, length, heat)
+            else:
+                scored = ask.log_probs(weights, rows, length, heat)
+        return Scores(
+            old_log_probs=old if self._sizes.updates > 1 else None,
+            reference_log_probs=reference,
+            teacher_log_probs=scored,
+            support=support,
+            support_log_probs=of_support,
+            teacher_hidden=hidden,
+        )
+
+    def learn(
+        self,
+        state: TrainState,
+        rows: Rows,
+        rollouts: Rollouts,
+        rewards: np.ndarray,
+        scores: Scores,
+        hyper: Hyper,
+    ) -> tuple[TrainState, Metrics]:
+        """`epochs` passes of `mini_batches` updates; metrics are their mean, still to come.
+
+        Args:
+          state: donated.
+          rewards: outcome rewards `[P, G]`, on the host.
+        """
+        rewards_there = put_batch(self._mesh, rewards)
+        batch = self._fill_slots(rows, rollouts, rewards_there, scores, hyper.beta)
+        head = self._teacher_head if scores.teacher_hidden is not None else None
+        found = []
+        for _ in range(self._config.epochs):
+            for index in range(self._config.mini_batches):
+                part = take_part(batch, index)
+                state, metrics = self._update(state, part, hyper, head)
+                found.append(metrics)
+        return state, found[0] if len(found) == 1 else _mean(found)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def take_part(batch: TrainBatch, index: int) -> TrainBatch:
+    """Mini-batch `index` of a batch with a leading axis."""
+    return jax.tree.map(lambda x: x[index], batch)
+
+
+@jax.jit
+def _mean(found: list[Metrics]) -> Any:
+    return jax.tree.map(lambda *x: jnp.mean(jnp.stack(x)), *found)

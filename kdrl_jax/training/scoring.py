@@ -1,0 +1,154 @@
+"""Scoring rollouts with weights that are not being trained: teacher, reference, old student."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from kdrl_jax.objectives import support_log_probs, token_log_probs, top_tokens
+from kdrl_jax.sharding import BATCH_AXES, constrain
+from kdrl_jax.training.batch import Rows
+from kdrl_jax.types import Params
+
+
+class Scorer:
+    """A forward pass a few rows at a time; never [rows, length, vocab].
+
+    All methods return arrays that are still being computed. `temperature` divides the logits, as
+    it does the student's in the loss.
+
+    Args:
+      model: the decoder.
+      mesh: where the weights that will be given are.
+      home: where the rows come from and the results go; default: `mesh`.
+      rows: how many rows one forward holds; must divide the rows given.
+      valid_vocab: ids the tokenizer knows; the softmax is over these.
+      chunk: tokens whose logits a device holds at once.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        mesh: Mesh,
+        home: Mesh | None = None,
+        *,
+        rows: int,
+        valid_vocab: int,
+        chunk: int,
+    ):
+        self.model, self.mesh, self._rows = model, mesh, rows
+        self._home = NamedSharding(home or mesh, P(BATCH_AXES))
+        self._head = {"valid_vocab": valid_vocab, "chunk": chunk}
+        self._log_probs_of = self._mapped(self._token_log_probs)
+        self._support_of = self._mapped(self._support_log_probs)
+        self._top_of = self._mapped(self._top_support, static="k")
+        self._hidden_of = self._mapped(self._hidden_states)
+
+    def log_probs(
+        self, params: Params, rows: Rows, length: int, temperature: Float[Array, ""]
+    ) -> Float[Array, "B T"]:
+        """log π of the last `length` tokens of each row, float32."""
+        return self._run(self._log_probs_of, params, rows, (), length, temperature)
+
+    def at_support(
+        self,
+        params: Params,
+        rows: Rows,
+        support: Int[Array, "B T J"],
+        length: int,
+        temperature: Float[Array, ""],
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T J"]]:
+        """`log_probs`, and log π of the tokens `support` of each position."""
+        return self._run(self._support_of, params, rows, (support,), length, temperature)
+
+    def top_support(
+        self, params: Params, rows: Rows, k: int, length: int, temperature: Float[Array, ""]
+    ) -> tuple[Float[Array, "B T"], Int[Array, "B T J"], Float[Array, "B T J"]]:
+        """`log_probs`, the J = k likeliest tokens of each position, and log π of these."""
+        return self._run(self._top_of, params, rows, (), length, temperature, k=k)
+
+    def hidden(
+        self, params: Params, rows: Rows, length: int, temperature: Float[Array, ""]
+    ) -> tuple[Float[Array, "B T"], Float[Array, "B T D"]]:
+        """`log_probs`, and the states that the output head turns into distributions."""
+        return self._run(self._hidden_of, params, rows, (), length, temperature)
+
+    def _states(self, params: Params, rows: Rows, t: int) -> Array:
+        return self.model.apply(params, *rows)[:, -t - 1 : -1]
+
+    def _token_log_probs(self, params: Params, rows: Rows, t: int, heat: Array) -> Array:
+        hidden, targets = self._states(params, rows, t), rows.tokens[:, -t:]
+        head = self.model.head(params)
+        return token_log_probs(hidden, head, targets, temperature=heat, **self._head)[0]
+
+    def _support_log_probs(
+        self, params: Params, rows: Rows, support: Array, t: int, heat: Array
+    ) -> tuple[Array, Array]:
+        hidden, targets = self._states(params, rows, t), rows.tokens[:, -t:]
+        log_probs, _, of_support = support_log_probs(
+            hidden, self.model.head(params), targets, support, temperature=heat, **self._head
+        )
+        return log_probs, of_support
+
+    def _top_support(
+        self, params: Params, rows: Rows, t: int, heat: Array, k: int
+    ) -> tuple[Array, Array, Array]:
+        hidden, targets, head = self._states(params, rows, t), rows.tokens[:, -t:], self.model.head
+        options: dict[str, Any] = {"temperature": heat, **self._head}
+        log_probs, _ = token_log_probs(hidden, head(params), targets, **options)
+        return log_probs, *top_tokens(hidden, head(params), k, **options)
+
+    def _hidden_states(
+        self, params: Params, rows: Rows, t: int, heat: Array
+    ) -> tuple[Array, Array]:
+        hidden, targets = self._states(params, rows, t), rows.tokens[:, -t:]
+        head = self.model.head(params)
+        log_probs = token_log_probs(hidden, head, targets, temperature=heat, **self._head)[0]
+        return log_probs, hidden
+
+    def _mapped(self, forward: Any, static: str | None = None) -> Any:
+        """`forward` over groups of rows, jitted."""
+
+        def score(params: Params, all_rows: Any, heat: Array, t: int, **options: int) -> Any:
+            count = all_rows[0].tokens.shape[0] // self._rows
+            micro = split_micro_batches(all_rows, count)
+            out = jax.lax.map(lambda r: forward(params, *r, t, heat, **options), micro)
+            return jax.tree.map(join_micro_batches, out)
+
+        return jax.jit(score, static_argnames=["t", *([static] if static else [])])
+
+    def _run(
+        self,
+        score: Any,
+        params: Params,
+        rows: Rows,
+        more: tuple[Array, ...],
+        length: int,
+        temperature: Float[Array, ""],
+        **options: int,
+    ) -> Any:
+        """Move the rows to the weights' mesh, score them there, and move the result home."""
+        moved = jax.device_put((rows, *more), NamedSharding(self.mesh, P(BATCH_AXES)))
+        heat = jax.device_put(temperature, NamedSharding(self.mesh, P()))
+        with jax.set_mesh(self.mesh):
+            out = score(params, moved, heat, t=length, **options)
+        return jax.device_put(out, self._home)
+
+
+def split_micro_batches(tree: Any, count: int) -> Any:
+    """[B, …] → [count, B / count, …], strided, so that each device keeps the rows it has."""
+
+    def one(x: Array) -> Array:
+        x = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+        return constrain(x, None, "batch", *(None,) * (x.ndim - 2))
+
+    return jax.tree.map(one, tree)
+
+
+def join_micro_batches(x: Array) -> Array:
+    """The inverse of `split_micro_batches` for one array."""
+    return x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:])

@@ -1,0 +1,336 @@
+"""Refusing, before anything is allocated and all at once, a config that cannot work.
+
+Names are looked up where they are defined: objectives, estimators, schedules, tasks. Nothing here
+touches a device: a mistake costs a second, not a queue slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from kdrl_jax.config import ROOT, flatten, load_config, to_json
+from kdrl_jax.data.filters import parse_filters
+from kdrl_jax.data.prompts import PROMPT_STYLES
+from kdrl_jax.models.qwen import REMAT
+from kdrl_jax.objectives import (
+    AGGREGATIONS,
+    METHODS,
+    SCHEDULES,
+    Method,
+    beta_schedule,
+    phase_schedule,
+)
+from kdrl_jax.tasks.registry import get_task, task_args
+from kdrl_jax.types import UserError
+
+ROLES = ("student", "teacher")
+
+CHOICES: dict[str, tuple[str, ...]] = {
+    "objective": tuple(METHODS),
+    "kd_estimator": ("k1", "k2", "k3", "topk", "full"),
+    "kd_topk.support": ("teacher", "student", "tail"),
+    "kd_mask": ("none", "response", "group"),
+    "beta.schedule": tuple(SCHEDULES),
+    "trrd.clamp_gradient": ("clamp", "straight_through"),
+    "aggregation": tuple(AGGREGATIONS),
+    "advantage.scale": ("group", "batch", "none"),
+    "advantage.baseline": ("mean", "leave_one_out"),
+    "optimizer.schedule": ("constant", "cosine"),
+    "data.prompt_style": tuple(PROMPT_STYLES),
+    "data.on_bad": ("raise", "drop"),
+    **{f"{role}.dtype": ("float32", "bfloat16") for role in ROLES},
+    **{f"{role}.remat": tuple(REMAT) for role in ROLES},
+    **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ROLES},
+}
+
+SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
+_AT_LEAST_ONE = (
+    *("steps", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
+    *("micro_batch", "logprob_chunk", "reward.workers", "eval.problems", "eval.samples"),
+    *("eval.batch", "checkpoint.every", "checkpoint.keep", "data.max_prompt_tokens", "data.size"),
+    *("mini_batches", "epochs", "kd_topk.k"),
+    *(f"{role}.sft.{key}" for role in ROLES for key in ("batch_size", "problems")),
+    *(f"{role}.shape.{key}" for role in ROLES for key in SHAPE),
+)
+_NOT_NEGATIVE = (
+    *("seed", "rollout.top_k", "rollout.min_p", "clip_eps_low", "clip_eps_high", "eval.every"),
+    *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
+    *("samples.count", "eval.temperature", "data.seed"),
+    *("reference_coef", "tis_cap", "rollout.refill", "reward.overlong_buffer"),
+    *("reward.overlong_penalty", "trrd.alpha"),
+    *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
+    *("optimizer.b1", "optimizer.b2"),
+)
+_POSITIVE = (
+    *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
+    *("optimizer.eps", "reward.timeout_s", "student.sft.learning_rate", "trrd.clamp"),
+    "teacher.sft.learning_rate",
+)
+
+# Keys that may change between a run and its resumption; all others shape the result.
+RESUMABLE_CHANGES = (
+    *("steps", "checkpoint.", "samples.", "mesh.", "teacher_mesh.", "cache_dir", "micro_batch"),
+    *("reward.workers", "logprob_chunk"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What follows from a config."""
+
+    method: Method
+    rollouts: int
+    """B = prompts_per_step · group_size, the rows of a step."""
+    micro_batches: int
+    """Forward and backward passes of one update."""
+    updates: int
+    """Optimizer updates of one step: mini_batches · epochs."""
+    logprob_temperature: float
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether a teacher is loaded: to score rollouts or to make them."""
+        return self.method.scores or self.method.sampler == "teacher"
+
+
+def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
+    """Check every key and combination that can be checked without files or devices.
+
+    Args:
+      config: what `load_config` returned.
+      reference: a config with every key; default `configs/base.py`.
+
+    Raises:
+      UserError: with one line per problem.
+    """
+    flat = flatten(config)
+    if reference is None:
+        reference = load_config(ROOT / "configs" / "base.py")
+    known = flatten(reference)
+    problems = list(_key_problems(flat, known))
+    # Where a key is missing or mistyped the default stands in, so that the rest is checked too.
+    usable = {k: flat[k] if type(flat.get(k)) is type(v) else v for k, v in known.items()}
+    problems += [*_value_problems(usable), *_combination_problems(usable)]
+    if problems:
+        raise UserError(*problems)
+    temperature = flat["logprob_temperature"]
+    rollouts = flat["rollout.prompts_per_step"] * flat["rollout.group_size"]
+    return Sizes(
+        method=METHODS[flat["objective"]],
+        rollouts=rollouts,
+        micro_batches=rollouts // flat["mini_batches"] // flat["micro_batch"],
+        updates=flat["mini_batches"] * flat["epochs"],
+        logprob_temperature=(
+            flat["rollout.temperature"] if temperature == "rollout" else float(temperature)
+        ),
+    )
+
+
+def _key_problems(flat: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
+    for key in sorted(flat.keys() - known.keys()):
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
+        yield f"{key}: no such key; the nearest is {near[0]}"
+    for key in sorted(known.keys() - flat.keys()):
+        yield f"{key}: missing; derive the config from configs/base.py, which has it"
+    for key in sorted(known.keys() & flat.keys()):
+        if type(flat[key]) is not type(known[key]):
+            kind = type(known[key]).__name__
+            yield f"{key}: {flat[key]!r} must be {kind}, like {known[key]!r}"
+
+
+def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
+    for key, choices in CHOICES.items():
+        if flat[key] not in choices:
+            near = difflib.get_close_matches(str(flat[key]), choices, n=1, cutoff=0.0)
+            yield f"{key}: {flat[key]!r} is none of {', '.join(map(repr, choices))}" + (
+                f"; the nearest is {near[0]!r}" if near else ""
+            )
+    checks: list[tuple[Sequence[str], Callable[[Any], bool], str]] = [
+        (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
+        (_NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
+        (_POSITIVE, lambda v: v > 0, "must be positive"),
+        (("rollout.top_p", "rollout.min_p"), lambda v: v <= 1, "must be at most 1"),
+        (("seed",), lambda v: v < 2**32, "must be below 2**32"),
+        (("optimizer.b1", "optimizer.b2"), lambda v: v < 1, "must be below 1"),
+        (("trrd.alpha",), lambda v: v <= 1, "must be at most 1"),
+    ]
+    for keys, holds, rule in checks:
+        for key in keys:
+            if not holds(flat[key]):
+                yield f"{key}: {flat[key]!r} {rule}"
+    temperature = flat["logprob_temperature"]
+    if temperature != "rollout":
+        try:
+            good = float(temperature) > 0
+        except ValueError:
+            good = False
+        if not good:
+            yield f"logprob_temperature: {temperature!r} must be 'rollout' or a positive number"
+    buckets = flat["data.prompt_buckets"]
+    whole = buckets and all(type(b) is int for b in buckets)
+    if not whole or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
+        yield f"data.prompt_buckets: {buckets!r} must be increasing positive lengths"
+    elif buckets[-1] < flat["data.max_prompt_tokens"]:
+        yield (
+            f"data.prompt_buckets: the largest, {buckets[-1]}, is below data.max_prompt_tokens="
+            f"{flat['data.max_prompt_tokens']}; add that length"
+        )
+
+
+def _problems_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
+    """What `check` refuses by a UserError."""
+    try:
+        check(*args, **kwargs)
+    except UserError as error:
+        return error.problems
+    return []
+
+
+def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
+    beta = {key: flat[f"beta.{key}"] for key in ("schedule", "init", "min", "delta", "phases")}
+    if beta["schedule"] in SCHEDULES:
+        yield from _problems_of(beta_schedule, **beta)
+    yield from _problems_of(phase_schedule, flat["policy_phases"])
+    if flat["objective"] in METHODS:
+        yield from _method_problems(flat, METHODS[flat["objective"]])
+    yield from _task_problems(flat)
+    yield from _size_problems(flat)
+    for key in ("data.path", "data.eval_path"):
+        local = flat[key] and "://" not in flat[key] and not any(c in flat[key] for c in "*?[")
+        if local and not Path(flat[key]).exists():
+            yield f"{key}: no file {flat[key]}"
+    for key in ("student.path", "teacher.path", "tokenizer"):
+        needed = key != "teacher.path" or flat["objective"] != "grpo"
+        if flat[key] and needed and not Path(flat[key]).is_dir():
+            yield f"{key}: no folder {flat[key]}; give a Hugging Face model folder or a run's"
+
+
+def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
+    objective = flat["objective"]
+    needs_teacher = method.scores or method.sampler == "teacher"
+    if needs_teacher and not (flat["teacher.path"] or flat["teacher.sft.steps"]):
+        yield (
+            f"teacher.path: empty, and objective={objective!r} needs a teacher; give a folder, "
+            "set teacher.sft.steps to make one, or use objective='grpo'"
+        )
+    if method.policy and flat["rollout.group_size"] == 1:
+        yield (
+            f"rollout.group_size: 1 gives objective={objective!r} only zero advantages, as "
+            "they compare the rewards of a group; use 2 or more, or objective='kd_rkl'"
+        )
+    if flat["rollout.refill"] and not (method.policy or method.supervised):
+        yield (
+            f"rollout.refill: {flat['rollout.refill']}, but objective={objective!r} learns from "
+            "every group whatever its rewards; set it to 0"
+        )
+    if not method.kd and flat["kd_estimator"] in ("topk", "full"):
+        yield (
+            f"kd_estimator: {flat['kd_estimator']!r} has no effect with objective={objective!r}, "
+            "which has no distillation term; leave it at 'k2' or use objective='kdrl'"
+        )
+    truncated = [
+        f"rollout.{key}={flat[f'rollout.{key}']}"
+        for key, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0))
+        if flat[f"rollout.{key}"] != off
+    ]
+    same_heat = flat["logprob_temperature"] in ("rollout", str(flat["rollout.temperature"]))
+    if flat["tis_cap"] and truncated:
+        yield (
+            f"tis_cap: {flat['tis_cap']} with {', '.join(truncated)}; importance weights need the "
+            "probabilities that tokens were drawn with, so sample untruncated or set tis_cap=0"
+        )
+    compared = {"tis_cap": bool(flat["tis_cap"]), "objective": method.shaped}
+    for key in [k for k, used in compared.items() if used and not same_heat]:
+        yield (
+            f"{key}: {flat[key]!r} compares with the sampler's log-probs, which are at "
+            f"rollout.temperature, not at logprob_temperature={flat['logprob_temperature']!r}; "
+            "use 'rollout'"
+        )
+
+
+def _task_problems(flat: dict[str, Any]) -> Iterator[str]:
+    name = flat["data.task"]
+    if bool(name) == bool(flat["data.path"]):
+        yield (f"data.task: {name!r} and data.path: {flat['data.path']!r}; set exactly one of them")
+    wrong = _problems_of(get_task, name) if name else []
+    yield from wrong
+    task = get_task(name) if name and not wrong else None
+    yield from _problems_of(task_args, flat["data.task_args"], task)
+    yield from _problems_of(parse_filters, flat["data.filters"])
+    if not name and flat["eval.every"] and not flat["data.eval_path"]:
+        yield "data.eval_path: empty, but eval.every is not 0; give a JSONL file or eval.every=0"
+    for role in ROLES:
+        warm = flat[f"{role}.sft.task"] or name
+        if flat[f"{role}.sft.steps"] and not warm:
+            yield (
+                f"{role}.sft.task: empty, as is data.task, and {role}.sft.steps needs worked "
+                "solutions; name a task or set the steps to 0"
+            )
+        elif flat[f"{role}.sft.steps"] and not wrong:
+            problems = _problems_of(get_task, warm) if flat[f"{role}.sft.task"] else []
+            yield from problems
+            if not problems and get_task(warm).solution is None:
+                yield (
+                    f"{role}.sft.steps: {flat[f'{role}.sft.steps']}, but {warm!r} has no worked "
+                    "solutions; set it to 0"
+                )
+    if not flat["student.path"] and not name:
+        yield "student.path: empty, which needs data.task; give a model folder"
+    elif not flat["student.path"] and not wrong and get_task(name).alphabet is None:
+        yield f"student.path: empty, and task {name!r} has no tokenizer; give a model folder"
+
+
+def _size_problems(flat: dict[str, Any]) -> Iterator[str]:
+    prompts, group = flat["rollout.prompts_per_step"], flat["rollout.group_size"]
+    parts = flat["mini_batches"]
+    if parts > 0 and prompts % parts:
+        yield (
+            f"mini_batches: {parts} does not divide rollout.prompts_per_step={prompts}; "
+            "an update takes whole groups"
+        )
+    elif parts > 0 and flat["micro_batch"] > 0 and prompts // parts * group % flat["micro_batch"]:
+        yield (
+            f"micro_batch: {flat['micro_batch']} does not divide the "
+            f"{prompts // parts} x {group} rollouts of an update"
+        )
+    if flat["reward.overlong_buffer"] > flat["rollout.max_new_tokens"]:
+        yield (
+            f"reward.overlong_buffer: {flat['reward.overlong_buffer']} exceeds "
+            f"rollout.max_new_tokens={flat['rollout.max_new_tokens']}; it is the part of the "
+            "budget that is punished"
+        )
+
+
+def has_checkpoint(workdir: Path) -> bool:
+    """Whether a run in this folder has got as far as its first checkpoint."""
+    return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+
+
+def compare_for_resume(old: dict[str, Any], new: ConfigDict, where: Path) -> None:
+    """Refuse to continue a run whose results another config shaped.
+
+    Raises:
+      UserError: one line per key that differs and may not.
+    """
+    before = flatten(ConfigDict(old))
+    after = flatten(ConfigDict(json.loads(to_json(new))))
+    problems = [
+        f"{where}: was made with {key}={before.get(key)!r}, now {after.get(key)!r}; "
+        "use the old value or another --workdir"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key) and not key.startswith(RESUMABLE_CHANGES)
+    ]
+    if before.get("steps") != after["steps"] and after["optimizer.schedule"] == "cosine":
+        problems.append(
+            f"{where}: was made with steps={before.get('steps')!r}, now {after['steps']!r}, "
+            "on which the cosine schedule depends; use the old value or another --workdir"
+        )
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,145 @@
+"""Collecting the rollouts of a step: order, lazy grading and dynamic sampling."""
+
+import jax
+import numpy as np
+import pytest
+
+from kdrl_jax.data import PromptBatches
+from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.collect import Collector, mixed, solved
+from kdrl_jax.types import FINISH_EOS, Problem, Rollouts, Verdict
+
+P, G, T = 4, 2, 3
+MESH = make_mesh(devices=jax.devices()[:1])
+# Sixteen problems, and how the two samples of each are graded.
+PROBLEMS = [(Problem(f"p{i}", f"q{i}", f"a{i}"), [i + 1]) for i in range(16)]
+
+
+class Engine:
+    """Answers problem i, sample g, with the tokens [i + 1, g, 0]."""
+
+    mesh = MESH
+    prompt_buckets = (1, 2)
+
+    def __init__(self):
+        self.widths = []
+
+    def generate(self, params, prompts, keys, sampling):
+        assert keys.shape == (P, G)
+        self.widths.append(prompts.tokens.shape[1])
+        tokens = np.zeros((P, G, T), np.int32)
+        tokens[..., 0] = prompts.tokens[:, -1:]
+        tokens[..., 1] = np.arange(G)
+        return jax.device_put(
+            Rollouts(
+                prompt_tokens=prompts.tokens,
+                prompt_lengths=prompts.lengths,
+                tokens=tokens,
+                log_probs=np.zeros((P, G, T), np.float32),
+                lengths=np.full((P, G), T, np.int32),
+                finish_reason=np.full((P, G), FINISH_EOS, np.int32),
+            )
+        )
+
+
+class Tokenizer:
+    pad_id = 0
+
+    def decode(self, ids):
+        return " ".join(map(str, ids))
+
+
+class Grader:
+    """Sample g of problem i is right if `right(i, g)`."""
+
+    def __init__(self, right):
+        self.right, self.calls = right, 0
+
+    def grade(self, texts, answers, metas):
+        self.calls += 1
+        found = []
+        for text, answer in zip(texts, answers, strict=True):
+            problem, sample = map(int, text.split())
+            assert answer == f"a{problem - 1}"
+            good = self.right(problem - 1, sample)
+            found.append(Verdict(float(good), "correct" if good else "wrong"))
+        return found
+
+
+class Sampling:
+    max_new_tokens = np.zeros((P, G))
+
+
+def collector(right, **options) -> tuple[Collector, Engine, Grader]:
+    engine, grader = Engine(), Grader(right)
+    batches = PromptBatches(len(PROBLEMS), P, 0)
+    made = Collector(engine, PROBLEMS, batches, Tokenizer(), grader, Sampling(), seed=0, **options)
+    return made, engine, grader
+
+
+def asked_at(position: int) -> list[int]:
+    return PromptBatches(len(PROBLEMS), P, 0)[position].tolist()
+
+
+def consistent(found) -> None:
+    """Problems, tokens, texts and verdicts of every group are of the same problem."""
+    assert found.rollouts.tokens.shape == (P, G, T)
+    tokens = np.asarray(found.rollouts.tokens)
+    for p, (problem, ids) in enumerate(found.asked):
+        assert problem.id == f"p{ids[0] - 1}"
+        for g in range(G):
+            assert tokens[p, g].tolist() == [ids[0], g, 0]
+            assert found.texts[p * G + g] == f"{ids[0]} {g}"
+    assert found.rewards.dtype == np.float32
+
+
+def test_a_step_without_refill_is_graded_when_asked() -> None:
+    made, engine, grader = collector(lambda i, g: g == 0)
+    seen = []
+    found, position = made.collect(None, 2, lambda: seen.append(len(engine.widths)))
+    assert position == 3
+    assert seen == [1]
+    assert grader.calls == 0
+    assert [p.id for p, _ in found.asked] == [f"p{i}" for i in asked_at(2)]
+    np.testing.assert_array_equal(found.rewards, [[1, 0]] * P)
+    assert len(found.verdicts) == P * G
+    assert grader.calls == 1
+    assert found.metrics == {}
+    assert engine.widths == [1]
+    consistent(found)
+
+
+def test_equal_groups_are_replaced_in_place() -> None:
+    """Even problems are answered alike by all samples, odd ones not."""
+    made, engine, _ = collector(lambda i, g: i % 2 == 1 and g == 0, refill=3)
+    found, position = made.collect(None, 0)
+    assert (found.rewards.max(1) != found.rewards.min(1)).all()
+    consistent(found)
+    first = asked_at(0)
+    for p, i in enumerate(first):
+        if i % 2:  # what was useful stays where it was
+            assert found.asked[p][0].id == f"p{i}"
+    drawn = [i for at in range(position) for i in asked_at(at)]
+    odd = [i for i in drawn if i % 2]
+    assert len(odd) >= P
+    assert sorted(int(p.id[1:]) for p, _ in found.asked) == sorted(odd[:P])
+    assert found.metrics["rollout/batches"] == position
+    assert found.metrics["rollout/useful_frac"] == 1.0
+    assert found.metrics["reward/drawn_mean"] == pytest.approx(len(odd) / len(drawn) / 2)
+    assert set(engine.widths) == {2}, "all batches of a step have one width"
+
+
+def test_what_cannot_be_replaced_stays() -> None:
+    made, _, grader = collector(lambda i, g: False, refill=2)
+    found, position = made.collect(None, 0)
+    assert position == 3
+    assert grader.calls == 3
+    assert [p.id for p, _ in found.asked] == [f"p{i}" for i in asked_at(0)]
+    assert found.metrics["rollout/useful_frac"] == 0.0
+    consistent(found)
+
+
+def test_useful_for_policy_gradients_and_for_rejection_sampling() -> None:
+    rewards = np.array([[0, 0], [1, 0], [1, 1]], np.float32)
+    assert mixed(rewards).tolist() == [False, True, False]
+    assert solved(rewards).tolist() == [False, True, True]

@@ -1,0 +1,99 @@
+"""What a run trains on: data set or task, filters, prompts, and the report of all that."""
+
+import json
+
+import pytest
+
+from kdrl_jax.config import ROOT, load_config
+from kdrl_jax.data import SentencePieceTokenizer
+from kdrl_jax.training.metrics import Display
+from kdrl_jax.training.problems import read_run_data
+from kdrl_jax.types import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return SentencePieceTokenizer.train("0123456789+-=, ")
+
+
+def config(**keys):
+    flat = {
+        **{"data.prompt_style": "plain", "rollout.prompts_per_step": 2, "eval.problems": 3},
+        **{"data.max_prompt_tokens": 12, "data.prompt_buckets": "(12,)"},
+    }
+    flat |= {key.replace("__", "."): value for key, value in keys.items()}
+    overrides = [f"{key}={value}" for key, value in flat.items()]
+    return load_config(ROOT / "configs" / "base.py", overrides)
+
+
+def write(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_a_data_set_is_read_filtered_and_reported(tmp_path, tokenizer, capsys):
+    rates = [0.0, 1.0, 0.5, 0.25, 0.75, 0.5]
+    rows = [
+        {"problem": "1+" * i + "1=", "answer": str(i + 1), "pass_rate": {"m": rate}}
+        for i, rate in enumerate(rates)
+    ]
+    rows[3:3] = [{"problem": "2+2="}, rows[2]]
+    path = write(tmp_path / "train.jsonl", rows)
+    held_out = write(tmp_path / "test.jsonl", [{"problem": "7=", "answer": 7}] * 5)
+    filters = ("dedupe", "pass_rate:model=m,min=0.25,max=0.75", "prompt_tokens:max=9")
+    data = read_run_data(
+        config(
+            **{"data__path": path, "data__eval_path": held_out, "data__on_bad": "drop"},
+            data__filters=filters,
+        ),
+        tokenizer,
+        Display(),
+    )
+    assert [p.problem for p, _ in data.training] == ["1+1+1=", "1+1+1+1="]
+    assert [tokenizer.decode(ids) for _, ids in data.training] == ["1+1+1=", "1+1+1+1="]
+    assert [p.answer for p, _ in data.held_out] == ["7", "7", "7"]
+    said = capsys.readouterr().out
+    assert f"{path}: 7 problems, 1 bad rows left out" in said
+    assert f"{path}:4: has no answer" in said
+    assert "dedupe                                      1         6" in said
+    assert "training problems: all 2 kept" in said
+    report = json.loads(json.dumps(data.report))
+    assert report["training"]["bad"] == 1
+    assert report["held-out"]["kept"] == 5
+    assert [step["left"] for step in report["filters"]["steps"]] == [6, 4, 2]
+    assert report["training prompts"] == {"kept": 2, "total": 2, "max_tokens": 12}
+    assert report["held-out prompts"]["total"] == 3
+
+
+def test_bad_rows_refuse_a_run_unless_they_may_be_dropped(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", [{"problem": "1=", "answer": "1"}, {"problem": "2="}])
+    with pytest.raises(UserError, match=r"train\.jsonl:2: has no answer"):
+        read_run_data(config(data__path=path, eval__every=0), tokenizer, Display())
+
+
+def test_a_task_takes_arguments_and_filters(tokenizer):
+    keys = {"data__task": "arithmetic", "data__size": 40, "eval__every": 5}
+    args = json.dumps({"min_terms": 2, "max_terms": 3})
+    data = read_run_data(
+        config(**keys, data__task_args=args, data__filters=("limit:n=30",)), tokenizer, Display()
+    )
+    assert len(data.training) == 30
+    assert {len(p.meta["terms"]) for p, _ in data.training} == {2, 3}
+    assert len(data.held_out) == 3
+    assert not {p.problem for p, _ in data.training} & {p.problem for p, _ in data.held_out}
+    assert list(data.report) == ["filters", "training prompts", "held-out prompts"]
+    without = read_run_data(config(**keys | {"eval__every": 0}), tokenizer, Display())
+    assert without.held_out == []
+    assert len(without.training) == 40
+
+
+def test_too_little_is_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "train.jsonl", [{"problem": "1+1=", "answer": "2"}] * 3)
+    for keys, message in (
+        ({"data__filters": ("limit:n=1",)}, "prompts_per_step: 2 exceeds the 1 problems of"),
+        ({"data__max_prompt_tokens": 2}, r"no training problems left after filtering \(0 of 3"),
+        ({"data__filters": ("limit",)}, r"data\.filters\[0\]: 'limit': needs n="),
+        ({"data__filters": ("pass_rate:model=m",)}, "measure it with python -m kdrl_jax.diff"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_run_data(config(data__path=path, eval__every=0, **keys), tokenizer, Display())
