@@ -1,0 +1,265 @@
+"""Evaluate a policy on mathematical benchmarks.
+
+    python -m kdrl_jax.evaluate --config=configs/stage2.py --checkpoint=runs/stage2 \\
+        --benchmarks=math500,aime24 --data_dir=FOLDER --output=runs/stage2/evaluation
+
+The checkpoint is a run's folder (its newest checkpoint), RUN/checkpoints/STEP or a Hugging Face
+folder; for a run, --config may be left out: its own config.json serves. From the config come
+student.dtype, data.prompt_style, data.prompt_buckets, rollout.max_new_tokens, eval.temperature
+(top-p is 1), eval.batch, reward.*, mesh.*, seed; any of them may be set by --config.KEY=VALUE.
+
+Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugging Face hub at the
+revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
+folder gets BENCHMARK.jsonl with every response, results.json, and results.md with a table beside
+the paper's. Running the same command again continues where it was interrupted.
+
+    python -m kdrl_jax.evaluate --self_check [--benchmarks=…] [--data_dir=FOLDER]
+
+grades every gold answer against itself, without a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from kdrl_jax.cli import enable_compilation_cache, run_entry, split_overrides
+from kdrl_jax.config import ROOT, apply_overrides, flatten, load_config, read_config
+from kdrl_jax.evaluation.benchmarks import (
+    BENCHMARKS,
+    PAPER_COLUMNS,
+    Loaded,
+    find_benchmarks,
+    load_benchmark,
+    refused_golds,
+)
+from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
+from kdrl_jax.evaluation.planning import (
+    Plan,
+    Refusals,
+    check_settings,
+    make_plan,
+    prompt_buckets,
+    write_settings,
+)
+from kdrl_jax.evaluation.runner import ask
+from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
+from kdrl_jax.rewards import Grader
+from kdrl_jax.rollout import RolloutEngine
+from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
+from kdrl_jax.training.validation import validate
+from kdrl_jax.types import UserError
+
+# What an evaluation reads of a config; only these are checked.
+READS = (
+    *("seed", "cache_dir", "student.dtype", "data.prompt_style", "data.prompt_buckets", "mesh."),
+    *("rollout.max_new_tokens", "eval.temperature", "eval.batch", "eval.samples", "reward."),
+)
+
+
+def evaluate(
+    config: ConfigDict,
+    policy: PolicyFolder,
+    benchmarks: Sequence[Loaded],
+    output: Path,
+    *,
+    samples: int | None = None,
+    limit: int | None = None,
+    compare: Sequence[Path] = (),
+) -> dict[str, Any]:
+    """Ask a policy the problems of each benchmark; everything that is written is under `output`.
+
+    Args:
+      samples: of each problem; None: what the benchmark has as default.
+      limit: the first so many problems of each; None: all.
+      compare: folders of earlier evaluations, for further rows of the table.
+
+    Returns:
+      The content of `results.json`.
+
+    Raises:
+      UserError: before the weights are loaded, with one line per problem.
+    """
+    display, wrong = Display(), Refusals()
+    tokenizer, window, weights = policy.tokenizer(), policy.shape().max_positions, policy.digest()
+    mesh = wrong.attempt(make_mesh, **config.mesh)
+    others = [wrong.attempt(_read_results, folder) for folder in compare]
+    plans: list[Plan] = []
+    figures: dict[str, Figures] = {}
+    grading = {k: config.reward[k] for k in ("workers", "timeout_s", "require_format")}
+    asking = {"window": window, "weights": weights, "samples": samples, "limit": limit}
+    with Grader(**grading) as grader:
+        for loaded in benchmarks:
+            plan = wrong.attempt(make_plan, loaded, config, tokenizer, grader, **asking)
+            if plan:
+                plans.append(plan)
+                wrong.attempt(check_settings, plan.file(output), plan.settings)
+        wrong.raise_any()
+        assert mesh
+
+        lock_folder(output)
+        enable_compilation_cache(Path(config.cache_dir))
+        display.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {policy}")
+        model, params, _ = load_policy(policy, mesh, config.student.dtype)
+        longest = max(len(question.prompt) for plan in plans for question in plan.questions)
+        engine = RolloutEngine(
+            model,
+            valid_vocab=tokenizer.size,
+            prompt_buckets=prompt_buckets(config.data.prompt_buckets, longest),
+            max_new_tokens=config.rollout.max_new_tokens,
+            mesh=mesh,
+        )
+        for plan in plans:
+            write_settings(plan.file(output), plan.settings)
+            rows = ask(
+                *(plan.questions, engine, params, tokenizer, grader, plan.file(output), display),
+                samples=plan.samples,
+                batch=plan.batch,
+                temperature=config.eval.temperature,
+                seed=config.seed,
+            )
+            figures[plan.benchmark.name] = summarise(rows, plan.samples, plan.kept_out, plan.listed)
+    shown = ("temperature", "max_new_tokens", "prompt_style", "require_format", "dtype", "seed")
+    results = {
+        "checkpoint": str(policy),
+        "benchmarks": figures,
+        "average": average(figures),
+        "settings": {key: plans[0].settings[key] for key in shown} | {"limit": limit},
+        "versions": {name: metadata.version(name) for name in ("jax", "math-verify")},
+    }
+    write_atomic(output / "results.json", json.dumps(results, indent=2) + "\n")
+    table = markdown(results, [other for other in others if other])
+    write_atomic(output / "results.md", table)
+    display.say(f"\n{table}\neverything is in {output}")
+    unlock_folder(output)
+    return results
+
+
+def self_check(benchmarks: Sequence[Loaded]) -> bool:
+    """Whether every gold answer, given as a response, grades as correct; says which do not."""
+    display, good = Display(), True
+    with Grader(workers=2, timeout_s=10.0, require_format=False) as grader:
+        for benchmark, problems, bad, listed in benchmarks:
+            lost = refused_golds(problems, grader)
+            total, wrong = len(problems) + bad, len(lost) + bad
+            display.say(f"{benchmark.name}: {total - wrong} of {total} gold answers are correct")
+            for line in (*listed, *lost.values()):
+                display.say(f"  {line}")
+            good &= not wrong
+    return good
+
+
+def _read_results(folder: Path) -> dict[str, Any]:
+    file = folder / "results.json" if folder.is_dir() else folder
+    if not file.is_file():
+        raise UserError(f"--compare: no file {file}; give the --output of a finished evaluation")
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return {key: found[key] for key in ("checkpoint", "benchmarks")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"--compare: {file} is no results.json ({error}); evaluate again"
+        ) from error
+
+
+def _read_config(
+    file: str | None, policy: PolicyFolder | None, overrides: Sequence[str]
+) -> ConfigDict | None:
+    """The config of --config, or of the run that is evaluated; only what is read is checked."""
+    saved = policy.folder / "config.json" if policy and policy.step is not None else None
+    if file:
+        config, problems = read_config(file, overrides)
+    elif saved and saved.is_file():
+        config = load_config(ROOT / "configs" / "base.py")
+        known = flatten(config)
+        values = flatten(ConfigDict(json.loads(saved.read_text(encoding="utf-8"))))
+        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
+        config.update_from_flattened_dict(lists)
+        config, problems = apply_overrides(config, overrides), []
+    elif policy:
+        raise UserError("--config: missing; only a run's folder has a config.json of its own")
+    else:
+        return None
+    try:
+        validate(config)
+    except UserError as error:
+        problems += [p for p in error.problems if p.startswith(READS)]
+    if problems:
+        raise UserError(*problems)
+    return config
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    overrides, rest = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE[:VARIANT]")
+    parser.add_argument("--checkpoint", metavar="FOLDER")
+    parser.add_argument(
+        "--benchmarks",
+        default=",".join(PAPER_COLUMNS),
+        metavar="NAME[@REVISION],…",
+        help=f"of {', '.join(BENCHMARKS)}; default: the paper's six",
+    )
+    parser.add_argument("--data_dir", type=Path, metavar="FOLDER", help="default: the hub")
+    parser.add_argument("--samples", type=int, metavar="K", help="per problem (16 or 1)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems of each")
+    parser.add_argument("--output", type=Path, metavar="FOLDER")
+    parser.add_argument(
+        "--compare", type=Path, nargs="+", default=[], metavar="OUTPUT", help="more rows"
+    )
+    parser.add_argument("--self_check", action="store_true")
+    args = parser.parse_args(rest)
+
+    wrong = Refusals()
+    for name in ("samples", "limit"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            wrong.append(f"--{name}: {value} must be at least 1")
+    if args.data_dir and not args.data_dir.is_dir():
+        wrong.append(f"--data_dir: no folder {args.data_dir}; leave it out to read from the hub")
+    chosen = wrong.attempt(find_benchmarks, [n for n in args.benchmarks.split(",") if n]) or []
+    if args.data_dir and "@" in args.benchmarks:
+        wrong.append(f"--benchmarks: {args.benchmarks} has a revision, but --data_dir is local")
+    policy = config = None
+    if not args.self_check:
+        for name in ("checkpoint", "output"):
+            if not getattr(args, name):
+                wrong.append(f"--{name}: missing; see --help")
+        policy = args.checkpoint and wrong.attempt(find_policy, args.checkpoint)
+        config = wrong.attempt(_read_config, args.config, policy, overrides)
+    if not args.data_dir:
+        wrong.raise_any()  # before anything is downloaded
+    if args.data_dir and not args.data_dir.is_dir():
+        chosen = []
+    loaded = [found for b in chosen if (found := wrong.attempt(load_benchmark, b, args.data_dir))]
+    wrong.raise_any()
+    if args.self_check:
+        sys.exit(0 if self_check(loaded) else 1)
+    assert policy
+    assert config
+    evaluate(
+        config,
+        policy,
+        loaded,
+        args.output,
+        samples=args.samples,
+        limit=args.limit,
+        compare=args.compare,
+    )
+
+
+if __name__ == "__main__":
+    run_entry(main)

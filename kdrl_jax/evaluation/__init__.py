@@ -1,0 +1,1 @@
+"""Evaluation of a policy on benchmarks: what is asked, how answers are counted, what is written."""

@@ -1,0 +1,100 @@
+"""Finding and loading the policy that is to be evaluated."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from kdrl_jax.config import digest
+from kdrl_jax.data import Tokenizer, load_tokenizer
+from kdrl_jax.models import Decoder, ModelConfig, load_hf
+from kdrl_jax.sharding import param_shardings
+from kdrl_jax.training.checkpoints import abstract_params, restore_params
+from kdrl_jax.training.roles import model_folder, read_model_config
+from kdrl_jax.types import Params, UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyFolder:
+    """Where a policy's weights are: a Hugging Face folder, or a run's folder and a step."""
+
+    folder: Path
+    step: int | None
+    """Which checkpoint of a run; None: the folder is a Hugging Face one."""
+
+    def __str__(self) -> str:
+        return str(self.folder) if self.step is None else f"{self.folder} (step {self.step})"
+
+    def digest(self) -> str:
+        """Names the weights by the files' names, sizes and times, without reading them."""
+        where = self.folder
+        where = where / "checkpoints" / str(self.step) if self.step is not None else where
+        files = [p for p in sorted(where.rglob("*")) if p.is_file()]
+        stats = [(str(p.relative_to(where)), p.stat()) for p in files]
+        return digest([[name, s.st_size, s.st_mtime_ns] for name, s in stats])
+
+    def shape(self) -> ModelConfig:
+        """The model's shape, without its weights."""
+        return read_model_config(self.folder)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that is kept with the model."""
+        return load_tokenizer(model_folder(self.folder))
+
+
+def find_policy(path: str | Path) -> PolicyFolder:
+    """What `path` names: a Hugging Face folder, a run's folder (its newest checkpoint), or one
+    checkpoint of a run, RUN/checkpoints/STEP.
+
+    Raises:
+      UserError: no such folder, no model in it, or no whole checkpoint.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(f"--checkpoint: no folder {path}; give a Hugging Face folder or a run's")
+    step = None
+    if folder.parent.name == "checkpoints" and folder.name.isdigit():
+        folder, step = folder.parent.parent, int(folder.name)
+    elif folder.name == "checkpoints":
+        folder = folder.parent
+    if not (model_folder(folder) / "config.json").is_file():
+        raise UserError(
+            f"--checkpoint: {path} holds no config.json of a model; give a Hugging Face folder or "
+            "a run's"
+        )
+    if model_folder(folder) == folder:
+        return PolicyFolder(folder, None)
+    steps = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+    if not steps:
+        raise UserError(
+            f"--checkpoint: {folder} holds no whole checkpoint; let the run reach its first save"
+        )
+    return PolicyFolder(folder, max(steps) if step is None else step)
+
+
+def load_policy(
+    path: str | Path | PolicyFolder, mesh: Mesh, dtype: Any
+) -> tuple[Decoder, Params, Tokenizer]:
+    """The model with its weights, sharded on `mesh`, and its tokenizer.
+
+    Args:
+      path: see `find_policy`.
+      dtype: of the computation. Weights are kept as `Decoder.cast` has them, so that a policy
+        samples as it does while it is trained.
+
+    Raises:
+      UserError: no such model, or files that do not fit it.
+    """
+    found = path if isinstance(path, PolicyFolder) else find_policy(path)
+    tokenizer = found.tokenizer()
+    model = Decoder(found.shape(), dtype=dtype)
+    if found.step is None:
+        _, params = load_hf(found.folder, mesh)
+    else:
+        like = abstract_params(model, param_shardings(mesh, model.shapes()))
+        params = restore_params(found.folder, like, found.step)
+    return model, jax.jit(model.cast)(params), tokenizer

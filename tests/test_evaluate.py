@@ -1,0 +1,387 @@
+"""The evaluation command: asking, resumption, results, and refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kdrl_jax import evaluate as entry
+from kdrl_jax.config import ROOT, load_config, to_json
+from kdrl_jax.data import SentencePieceTokenizer
+from kdrl_jax.evaluation.benchmarks import (
+    BENCHMARKS,
+    load_benchmark,
+)
+from kdrl_jax.evaluation.model import find_policy, load_policy
+from kdrl_jax.evaluation.planning import Question, prompt_buckets
+from kdrl_jax.evaluation.runner import ask
+from kdrl_jax.models import Decoder, ModelConfig, save_hf
+from kdrl_jax.rewards import Grader
+from kdrl_jax.rollout import RolloutEngine, request_keys
+from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.checkpoints import save_params
+from kdrl_jax.training.evaluation import evaluate as evaluate_held_out
+from kdrl_jax.training.metrics import Display
+from kdrl_jax.training.roles import write_model_files
+from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Problem, Rollouts, UserError
+
+DATA = ROOT.parent / "shared" / "data"
+SMOLLM2 = os.environ.get("KDRL_SMOLLM2")
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the evaluation sets are not at {DATA}")
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return SentencePieceTokenizer.train("\\boxed{}0123456789+= ?abcdefghi\n")
+
+
+@pytest.fixture(scope="module")
+def grader():
+    with Grader(workers=1, timeout_s=20.0, require_format=False) as shared:
+        yield shared
+
+
+# --- Asking ------------------------------------------------------------------------------------
+
+
+class ScriptedEngine:
+    """A sampler whose responses are functions of the request keys alone, as a policy's are."""
+
+    max_new_tokens = 40
+    prompt_buckets = (8, 16)
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.calls = tokenizer, []
+
+    def generate(self, params, prompts, keys, sampling) -> Rollouts:
+        self.calls.append(prompts.tokens.shape)
+        draws = np.asarray(jax.vmap(jax.vmap(lambda k: jax.random.randint(k, (), 0, 12)))(keys))
+        tokens = np.zeros((*draws.shape, self.max_new_tokens), np.int32)
+        lengths, finish = np.zeros_like(draws), np.zeros_like(draws)
+        for at, draw in np.ndenumerate(draws):
+            ended = draw < 10
+            said = self.tokenizer.encode(rf"\boxed{{{draw}}}" if ended else "ab" * 100)
+            said = [*said, self.tokenizer.eos_id] if ended else said[: self.max_new_tokens]
+            tokens[at][: len(said)] = said
+            lengths[at], finish[at] = len(said), FINISH_EOS if ended else FINISH_LENGTH
+        return Rollouts(
+            *(prompts.tokens, prompts.lengths, tokens, np.zeros(tokens.shape, np.float32)),
+            *(lengths, finish),
+        )
+
+
+def questions(tokenizer, count: int = 7) -> list[Question]:
+    texts = ["?" * (1 + 3 * i % 11) for i in range(count)]
+    return [
+        Question(i + 5, Problem(f"p{i}", text, str(i)), tokenizer.encode(text))
+        for i, text in enumerate(texts)
+    ]
+
+
+def answers(tokenizer, grader, path, batch=3, asked=None, engine=None):
+    engine = engine or ScriptedEngine(tokenizer)
+    rows = ask(
+        asked or questions(tokenizer),
+        *(engine, None, tokenizer, grader, path, Display(quiet=True)),
+        samples=4,
+        batch=batch,
+        temperature=0.6,
+        seed=1,
+    )
+    return rows, engine
+
+
+def test_every_response_is_kept(tokenizer, grader, tmp_path):
+    rows, engine = answers(tokenizer, grader, tmp_path / "b.jsonl")
+    assert [json.loads(line) for line in (tmp_path / "b.jsonl").open()] == rows
+    assert sorted((r["id"], r["sample"]) for r in rows) == [
+        (f"p{i}", k) for i in range(7) for k in range(4)
+    ]
+    assert len({shape[0] for shape in engine.calls}) == 1  # one batch shape
+    assert len({shape[1] for shape in engine.calls}) <= 2
+    lengths = [len(row["problem"]) for row in rows]
+    assert lengths == sorted(lengths, reverse=True)
+    for row in rows:
+        number = int(row["id"][1:]) + 5
+        key = request_keys(1, 0, [number], 4)[0, row["sample"]]
+        draw = int(jax.random.randint(key, (), 0, 12))
+        if draw < 10:
+            assert row["response"] == rf"\boxed{{{draw}}}"
+            assert row["extracted"] == str(draw)
+            assert row["outcome"] == ("correct" if str(draw) == row["answer"] else "wrong")
+            assert (row["finish_reason"], row["repeats"]) == ("stop", False)
+            assert row["length"] == len(tokenizer.encode(row["response"])) + 1
+        else:
+            assert row["response"] == "ab" * (len(row["response"]) // 2)
+            assert (row["extracted"], row["outcome"]) == (None, "unparsable")
+            assert (row["finish_reason"], row["repeats"]) == ("length", True)
+            assert row["length"] == engine.max_new_tokens
+        assert row["reward"] == (row["outcome"] == "correct")
+    assert {row["finish_reason"] for row in rows} == {"stop", "length"}
+
+
+def test_an_interrupted_evaluation_ends_like_an_uninterrupted_one(tokenizer, grader, tmp_path):
+    whole, engine = answers(tokenizer, grader, tmp_path / "whole.jsonl")
+    content = (tmp_path / "whole.jsonl").read_bytes()
+    path = tmp_path / "torn.jsonl"
+    for end in (0, 10, len(content) // 3, content.index(b"\n") + 1, len(content) - 5):
+        path.write_bytes(content[:end])
+        rows, again = answers(tokenizer, grader, path)
+        assert path.read_bytes() == content
+        assert rows == whole
+    assert len(again.calls) == 1  # two of three batches were whole
+    _, again = answers(tokenizer, grader, path)
+    assert again.calls == []
+    assert path.read_bytes() == content
+    # The rest may be asked in batches of another size.
+    path.write_bytes(content[: len(content) // 2])
+    answers(tokenizer, grader, path, batch=2)
+    assert path.read_bytes() == content
+    assert len(engine.calls) == 3
+
+
+def test_responses_to_other_problems_are_refused(tokenizer, grader, tmp_path):
+    path = tmp_path / "b.jsonl"
+    answers(tokenizer, grader, path)
+    with pytest.raises(UserError, match="other problems; give another --output"):
+        answers(tokenizer, grader, path, asked=questions(tokenizer, 9))
+
+
+def test_held_out_evaluation_counts_repetition(tokenizer, grader):
+    asked = [(q.problem, q.prompt) for q in questions(tokenizer, 5)]
+    settings = {"samples": 4, "temperature": 0.6, "max_new_tokens": 40, "buckets": (8, 16)}
+    metrics, verdicts = evaluate_held_out(
+        ScriptedEngine(tokenizer), None, asked, tokenizer, grader, batch=2, seed=1, **settings
+    )
+    keys = request_keys(1, 0, range(5), 4)
+    draws = np.asarray(jax.vmap(jax.vmap(lambda k: jax.random.randint(k, (), 0, 12)))(keys))
+    assert metrics["eval/accuracy"] == np.mean(draws == np.arange(5)[:, None])
+    assert metrics["eval/truncated_frac"] == metrics["eval/repetition_frac"] == (draws > 9).mean()
+    assert [v.reward for v in verdicts] == (draws == np.arange(5)[:, None]).reshape(-1).tolist()
+
+
+def test_buckets_grow_so_that_no_prompt_is_dropped():
+    assert prompt_buckets((64, 128), 100) == [64, 128]
+    assert prompt_buckets((64, 128), 300) == [64, 128, 256, 512]
+
+
+# --- The command -------------------------------------------------------------------------------
+
+TINY = {
+    **{"vocab_size": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1},
+    **{"head_dim": 8, "mlp_size": 32, "qk_norm": True, "tie_embeddings": True},
+    **{"max_positions": 64, "model_type": "qwen3"},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, tokenizer) -> Path:
+    """A folder with the same tiny random policy as a Hugging Face folder and as a run, and data."""
+    folder = tmp_path_factory.mktemp("tiny")
+    model = Decoder(ModelConfig(**TINY))
+    params = jax.jit(model.init)(jax.random.key(0))
+    write_model_files(folder / "run", model.config, tokenizer)
+    save_params(folder / "run", params)
+    shutil.copytree(folder / "run" / "checkpoints" / "0", folder / "run" / "checkpoints" / "3")
+    save_hf(folder / "hf", model, params, tokenizer_folder=folder / "run" / "model")
+    config = load_config(ROOT / "configs" / "base.py", overrides())
+    (folder / "run" / "config.json").write_text(to_json(config), encoding="utf-8")
+    (folder / "data").mkdir()
+    for name, count in (("aime24", 3), ("gsm8k_test", 5)):
+        rows = [
+            {"id": f"{name}/{i}", "problem": "?" * (i + 1), "answer": "5"} for i in range(count)
+        ]
+        if name == "gsm8k_test":
+            rows += [
+                {"id": "bad/1", "problem": "?", "answer": "}{"},
+                {"id": "bad/2", "problem": ""},
+            ]
+        text = "\n".join(map(json.dumps, rows))
+        (folder / "data" / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    return folder
+
+
+def overrides(**changes) -> list[str]:
+    keys = {
+        **{
+            "student.dtype": "float32",
+            "data.prompt_style": "plain",
+            "data.prompt_buckets": "(8,)",
+        },
+        **{"data.max_prompt_tokens": 8, "rollout.max_new_tokens": 12, "eval.batch": 2},
+        **{"reward.require_format": False, "reward.workers": 1, "mesh.fsdp": 1, "mesh.data": -1},
+        **{"cache_dir": "runs/cache", **changes},
+    }
+    return [f"{key}={value}" for key, value in keys.items()]
+
+
+def command(tiny: Path, output: Path, *more: str, **changes) -> list[str]:
+    return [
+        f"--config={ROOT / 'configs' / 'base.py'}",
+        f"--checkpoint={tiny / 'hf'}",
+        "--benchmarks=gsm8k,aime24",
+        f"--data_dir={tiny / 'data'}",
+        f"--output={output}",
+        *(f"--config.{item}" for item in overrides(cache_dir=output / "cache", **changes)),
+        *more,
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("evaluated")
+    entry.main(command(tiny, output))
+    return output
+
+
+def test_the_command_writes_responses_results_and_table(evaluated):
+    results = json.loads((evaluated / "results.json").read_text())
+    gsm8k, aime24 = results["benchmarks"]["gsm8k"], results["benchmarks"]["aime24"]
+    assert (gsm8k["problems"], gsm8k["samples"], gsm8k["kept_out"]) == (5, 1, 2)
+    assert "bad/1: the gold answer" in " ".join(gsm8k["kept_out_rows"])
+    assert (aime24["problems"], aime24["samples"], aime24["kept_out"]) == (3, 16, 0)
+    assert results["average"] is None
+    rows = [json.loads(line) for line in (evaluated / "aime24.jsonl").open(encoding="utf-8")]
+    assert len(rows) == 48
+    assert len({row["response"] for row in rows}) > 24  # the samples differ
+    assert aime24["clip_ratio"] == np.mean([row["finish_reason"] == "length" for row in rows])
+    table = (evaluated / "results.md").read_text(encoding="utf-8")
+    assert "| paper: KDRL-Annealing" in table
+    assert "and 1 more" not in table
+
+
+def test_a_run_gives_what_its_export_gives(tiny, evaluated, tmp_path):
+    """From an Orbax checkpoint, with the run's own config, and one benchmark at a time."""
+    arguments = [f"--checkpoint={tiny / 'run'}", f"--data_dir={tiny / 'data'}"]
+    changes = [f"--config.cache_dir={tmp_path}", "--benchmarks=aime24", "--limit=2", "--samples=3"]
+    entry.main([*arguments, *changes, f"--output={tmp_path}", f"--compare={evaluated}"])
+    ours = [json.loads(line) for line in (tmp_path / "aime24.jsonl").open(encoding="utf-8")]
+    theirs = [json.loads(line) for line in (evaluated / "aime24.jsonl").open(encoding="utf-8")]
+    assert len(ours) == 6
+    assert all(row in theirs for row in ours)
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "run (step 3)**" in table
+    assert "hf**" in table
+
+
+def test_running_again_continues_and_other_settings_are_refused(tiny, evaluated, monkeypatch):
+    before = {p.name: p.read_bytes() for p in evaluated.glob("*.js*")}
+    content = before["gsm8k.jsonl"]
+    (evaluated / "gsm8k.jsonl").write_bytes(content[: len(content) * 2 // 3])
+    entry.main(command(tiny, evaluated))
+    assert {p.name: p.read_bytes() for p in evaluated.glob("*.js*")} == before
+    with pytest.raises(UserError) as refusal:
+        entry.main(command(tiny, evaluated, "--limit=2", **{"eval.temperature": 0.7}))
+    text = str(refusal.value)
+    assert "gsm8k.settings.json: was made with temperature=0.6, now 0.7" in text
+    assert "aime24.settings.json: was made with number_of_problems=3, now 2" in text
+
+
+def test_policies_are_found_in_every_form_of_folder(tiny):
+    run = tiny / "run"
+    assert find_policy(tiny / "hf").step is None
+    assert find_policy(run).step == find_policy(run / "checkpoints").step == 3
+    assert find_policy(run / "checkpoints" / "0").step == 0
+    assert find_policy(run).digest() != find_policy(tiny / "hf").digest()
+    mesh = make_mesh()
+    model, ours, _ = load_policy(run, mesh, "float32")
+    _, theirs, _ = load_policy(tiny / "hf", mesh, "float32")
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    _, half, _ = load_policy(run, mesh, jnp.bfloat16)
+    assert half["embed"]["embedding"].dtype == jnp.bfloat16
+    assert half["final_norm"]["scale"].dtype == jnp.float32
+    assert model.config == ModelConfig(**TINY)
+
+
+def test_everything_wrong_is_said_at_once(tiny, tmp_path):
+    arguments = [
+        *(
+            f"--config={ROOT / 'configs' / 'base.py'}",
+            "--checkpoint=nowhere",
+            "--benchmarks=gsm9k,math500",
+        ),
+        *(f"--data_dir={tiny / 'data'}", "--samples=0", "--config.evil.batch=3"),
+        *("--config.eval.temperature=-1", "--config.objective=none"),
+    ]
+    with pytest.raises(UserError) as refusal:
+        entry.main(arguments)
+    text = str(refusal.value)
+    for expected in (
+        "--samples: 0 must be at least 1",
+        "'gsm9k' is none of",
+        "--output: missing",
+        "--checkpoint: no folder nowhere",
+        "--config.evil.batch: no such key; the nearest is eval.batch",
+        "eval.temperature: -1.0 must not be negative",
+    ):
+        assert expected in text
+    assert "objective" not in text  # of no concern to an evaluation
+
+
+def test_missing_files_and_short_windows_are_refused_before_loading(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "load_policy", lambda *_: pytest.fail("loaded"))
+    changed = [a for a in command(tiny, tmp_path) if "--benchmarks" not in a]
+    with pytest.raises(UserError) as refusal:
+        entry.main([*changed, "--benchmarks=math500,gsm8k,amc23"])
+    assert [p.split(": ")[0] for p in refusal.value.problems] == [
+        str(tiny / "data" / f"{name}.jsonl") for name in ("math500", "amc23")
+    ]
+    with pytest.raises(UserError) as refusal:
+        entry.main(command(tiny, tmp_path, **{"rollout.max_new_tokens": 62}))
+    assert len(refusal.value.problems) == 2
+    assert "exceed the model's window of 64" in refusal.value.problems[0]
+    assert "(gsm8k)" in refusal.value.problems[0]
+    assert not list(tmp_path.glob("*.jsonl"))
+
+
+def test_what_cannot_be_evaluated_is_refused(tiny, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no config\.json of a model"):
+        find_policy(tmp_path / "empty")
+    shutil.copytree(tiny / "run" / "model", tmp_path / "young" / "model")
+    with pytest.raises(UserError, match="holds no whole checkpoint"):
+        find_policy(tmp_path / "young")
+    more = [f"--checkpoint={tiny / 'hf'}", f"--output={tmp_path}", f"--data_dir={tiny / 'data'}"]
+    with pytest.raises(UserError, match="--config: missing"):
+        entry.main([*more, "--benchmarks=gsm8k"])
+    with pytest.raises(UserError, match="has a revision, but --data_dir is local"):
+        entry.main([*command(tiny, tmp_path), "--benchmarks=gsm8k@main"])
+    with pytest.raises(UserError, match=r"no file .*results\.json"):
+        entry.main([*command(tiny, tmp_path), f"--compare={tmp_path}"])
+
+
+def test_self_check_names_bad_gold_answers(tiny, capsys):
+    with pytest.raises(SystemExit) as status:
+        entry.main(["--self_check", f"--data_dir={tiny / 'data'}", "--benchmarks=gsm8k,aime24"])
+    assert status.value.code == 1
+    said = capsys.readouterr().out
+    assert "gsm8k: 5 of 7 gold answers are correct" in said
+    assert "bad/1: the gold answer '}{' grades as" in said
+    assert "aime24: 3 of 3 gold answers are correct" in said
+
+
+@pytest.mark.skipif(not SMOLLM2, reason="KDRL_SMOLLM2 names no folder")
+@real_data
+def test_a_real_model_answers_gsm8k(tmp_path):
+    policy = find_policy(SMOLLM2)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    model, params, tokenizer = load_policy(policy, mesh, "float32")
+    problems = load_benchmark(BENCHMARKS["gsm8k"], DATA).problems[:2]
+    encoded = [tokenizer.chat([{"role": "user", "content": p.problem}]) for p in problems]
+    engine = RolloutEngine(
+        model, valid_vocab=tokenizer.size, prompt_buckets=(256,), max_new_tokens=8, mesh=mesh
+    )
+    with Grader(workers=1, require_format=False) as grader:
+        rows = ask(
+            [Question(i, *pair) for i, pair in enumerate(zip(problems, encoded, strict=True))],
+            *(engine, params, tokenizer, grader, tmp_path / "g.jsonl", Display(quiet=True)),
+            **{"samples": 1, "batch": 2, "temperature": 0.0, "seed": 0},
+        )
+    assert all(len(row["response"].split()) > 2 for row in rows)
