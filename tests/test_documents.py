@@ -19,12 +19,12 @@ CELLS = ["".join(c["source"]) for c in NOTEBOOK["cells"] if c["cell_type"] == "c
 
 
 def test_readme_code_runs():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert blocks
-    for block in blocks:
-        names: dict = {}
+    names: dict = {}
+    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
         exec(compile(block, "README.md", "exec"), names)
-        assert float(names["loss"]) != 0
+    assert float(names["loss"]) != 0
+    assert float(names["rlad"]) != 0
+    assert names["REVERSE"].problems(2, 0)  # test_tasks grades with it
 
 
 def test_links_and_scripts_exist():
@@ -39,7 +39,6 @@ def test_every_config_is_in_the_table():
     table = re.findall(r"^\| (`.*?) \|", README, re.MULTILINE)
     named = {name for row in table for name in re.findall(r"`(\w+)`", row)}
     files = {p.stem for p in (ROOT / "configs").glob("*.py")} - {"base", "__init__"}
-    assert files == named & files
     assert files <= named
 
 
@@ -63,7 +62,7 @@ def test_commands_name_modules_and_flags_that_exist(text):
         source = Path(importlib.import_module(module).__file__).read_text(encoding="utf-8")
         source += (ROOT / "kdrl_jax" / "cli.py").read_text(encoding="utf-8")
         assert doc
-        for flag in re.findall(r"(--[a-z]+)(?==)", rest.partition("#")[0]):
+        for flag in re.findall(r"(--[a-z_]+)(?==)", rest.partition("#")[0]):
             assert f'"{flag}"' in source, (module, flag)
         for config in re.findall(r"--config=(\S+)", rest):
             assert (ROOT / config).is_file(), config

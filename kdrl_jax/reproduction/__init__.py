@@ -1,0 +1,1 @@
+"""The papers' comparisons as a grid of runs: methods, runner, statistics, claims, report."""

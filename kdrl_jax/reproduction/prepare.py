@@ -1,0 +1,105 @@
+"""What all cells share, made before them: teachers, and the warm-started student of each seed.
+
+Cells then find these in `cache_dir`: no two processes train the same model, and a cell's wall time
+is that of its method.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kdrl_jax.config import split_variant
+from kdrl_jax.models import Decoder
+from kdrl_jax.reproduction.grid import Cell, Grid
+from kdrl_jax.reproduction.runner import Job, read_json
+from kdrl_jax.rewards import Grader
+from kdrl_jax.rollout import RolloutEngine
+from kdrl_jax.sharding import make_mesh
+from kdrl_jax.tasks.registry import task_verifier
+from kdrl_jax.training.evaluation import evaluate
+from kdrl_jax.training.metrics import Display, write_atomic
+from kdrl_jax.training.problems import load_run_tokenizer, read_run_data
+from kdrl_jax.training.roles import build_role, check_roles
+from kdrl_jax.training.validation import validate
+
+STUDENT, TEACHER = "student", "teacher"
+
+
+def needs(cells: Sequence[Cell], task: str) -> dict[str, Cell]:
+    """What cells of a task share, and one cell that has it.
+
+    Returns:
+      'teacher' or the name of its variant, and 'student SEED' for each warm start.
+    """
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        if cell.task == task:
+            config = cell.load()
+            if validate(config).uses_teacher:
+                found.setdefault(split_variant(cell.config)[1] or TEACHER, cell)
+            if config.student.sft.steps:
+                found.setdefault(f"{STUDENT} {cell.seed}", cell)
+    return found
+
+
+def prepare_jobs(grid: Grid, cells: Sequence[Cell], output: Path, only: str) -> list[Job]:
+    """A process for each task of the cells; `only` selects them again in it."""
+    module = (sys.executable, "-m", "kdrl_jax.reproduce")
+    options = (f"--grid={grid.path}", f"--output={output}", f"--only={only}")
+    return [
+        Job(task, (*module, *options, f"--prepare={task}"), output / "prepared" / f"{task}.txt")
+        for task in dict.fromkeys(cell.task for cell in cells)
+    ]
+
+
+def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
+    """Make what a task needs; teachers' accuracies go to `output/prepared/TASK/TEACHER.json`."""
+    display = Display()
+    for name, cell in needs(cells, task).items():
+        display.say(f"{task}: {name}")
+        role, config = "student" if name.startswith(STUDENT) else "teacher", cell.load()
+        sizes = validate(config)
+        tokenizer = load_run_tokenizer(config)
+        meshes = {key: make_mesh(**config[key]) for key in ("mesh", "teacher_mesh")}
+        shapes = check_roles(config, sizes, tokenizer, meshes)
+        mesh = meshes["mesh" if role == "student" else "teacher_mesh"]
+        model = Decoder(shapes[role], config[role].dtype, config[role].remat)
+        params = build_role(role, config, model, tokenizer, mesh, display)
+        if role == "student":
+            continue
+        held_out = read_run_data(config, tokenizer, display).held_out
+        engine = RolloutEngine(
+            model,
+            valid_vocab=tokenizer.size,
+            prompt_buckets=config.data.prompt_buckets,
+            max_new_tokens=config.rollout.max_new_tokens,
+            mesh=mesh,
+        )
+        grading = {key: config.reward[key] for key in ("workers", "timeout_s", "require_format")}
+        with Grader(**grading, verify=task_verifier(config.data.task)) as grader:
+            scores, _ = evaluate(
+                engine,
+                params,
+                held_out,
+                tokenizer,
+                grader,
+                **{key: config.eval[key] for key in ("samples", "batch", "temperature")},
+                max_new_tokens=config.rollout.max_new_tokens,
+                buckets=config.data.prompt_buckets,
+                seed=config.seed,
+            )
+        write_atomic(output / "prepared" / task / f"{name}.json", json.dumps(scores) + "\n")
+        display.say(f"{task}: held-out accuracy of the {name} {scores['eval/accuracy']:.3f}")
+
+
+def teacher_accuracies(grid: Grid, output: Path) -> dict[str, dict[str, float]]:
+    """Task → 'teacher' or variant → held-out accuracy, as far as they have been measured."""
+    found: dict[str, dict[str, float]] = {}
+    for task in grid.tasks:
+        for path in sorted((output / "prepared" / task).glob("*.json")):
+            scores = read_json(path) or {}
+            found.setdefault(task, {})[path.stem] = round(scores["eval/accuracy"], 4)
+    return found
