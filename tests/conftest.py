@@ -25,3 +25,9 @@ def strict_ranks():
     """Silent broadcasting of a mask is the classic bug of an RL loss: make it an error."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first, so that no worker is left alone with one at the end."""
+    longest = ("test_train.py", "test_training.py", "test_rollout.py", "test_evaluate.py")
+    items.sort(key=lambda item: item.path.name not in longest)

@@ -133,6 +133,7 @@ def lead(study: Study, grid: Grid) -> list[str]:
         for other in ("grpo", "kd_rkl"):
             if study.has(task, other) and study.has(task, "kdrl"):
                 gap = tables.change(study.difference(task, "accuracy", "kdrl", other))
-                text += f" KDRL {tables.MINUS} {METHODS[other].label}: {gap.text} {gap.sub}."
+                shown = f"{gap.text} {gap.sub}".strip()
+                text += f" KDRL {tables.MINUS} {METHODS[other].label}: {shown}."
         sentences.append(text)
     return sentences

@@ -146,7 +146,9 @@ def _record(cell: Cell, end: Done, output: Path) -> str:
         summary = read_json(folder / "summary.json") or {}
         write_atomic(folder / "process.json", json.dumps({"seconds": round(end.seconds, 1)}))
         accuracy = summary.get("eval/accuracy/last")
-        return f"{cell.name}  {seconds}" + (f"  accuracy {accuracy:.3f}" if accuracy else "")
+        return f"{cell.name}  {seconds}" + (
+            f"  accuracy {accuracy:.3f}" if accuracy is not None else ""
+        )
     diverged = next((line for line in end.tail if DIVERGED.search(line)), None)
     failure = {
         "code": end.code,
