@@ -33,18 +33,16 @@ from kdrl_jax.data import encode_prompts, read_problems
 from kdrl_jax.data.schemas import PASS_RATE
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
-from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, sampling_params
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.tasks.registry import task_verifier
-from kdrl_jax.training.evaluation import EncodedProblem, respond
+from kdrl_jax.training.evaluation import EncodedProblem, grade_all, respond
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder
+from kdrl_jax.training.problems import GRADING, make_grader
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import Problem, UserError
 
 PASS_COUNTS = "pass_counts"
 DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
-GRADING = ("workers", "timeout_s", "require_format")
 # What is read of a config; only these keys are checked.
 READS = (
     *("seed", "cache_dir", "student.dtype", "mesh.", "eval.batch", "eval.samples", "data.prompt"),
@@ -134,10 +132,9 @@ def _ask_all(
     size = min(len(asked), max(1, config.eval.batch * config.eval.samples // samples))
     drawing = {key: config.rollout[key] for key in DRAWING}
     sampling = sampling_params((size, samples), tokenizer.stop_ids, **drawing)
-    grading = {key: config.reward[key] for key in GRADING}
     done = _whole_batches(work / "rows.jsonl", asked, size)
     with (
-        Grader(**grading, verify=task_verifier(config.data.task)) as grader,
+        make_grader(config, config.data.task) as grader,
         (work / "rows.jsonl").open("a", encoding="utf-8") as file,
         display.track("problems", len(asked), done) as track,
     ):
@@ -150,11 +147,9 @@ def _ask_all(
                 range(start, start + len(batch)),
                 tokenizer,
                 sampling,
-                buckets=config.data.prompt_buckets,
                 seed=config.seed,
             )
-            each = [problem for problem, _ in batch for _ in range(samples)]
-            verdicts = grader.grade(said.texts, [p.answer for p in each], [p.meta for p in each])
+            verdicts = grade_all(grader, said.texts, [problem for problem, _ in batch])
             right = np.array([v.reward == 1 for v in verdicts]).reshape(-1, samples).sum(1)
             cut = np.array(said.cut).reshape(-1, samples).sum(1)
             new = [

@@ -56,6 +56,7 @@ from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
+from kdrl_jax.training.problems import make_grader
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
@@ -95,9 +96,8 @@ def evaluate(
     others = [wrong.attempt(_read_results, folder) for folder in compare]
     plans: list[Plan] = []
     figures: dict[str, Figures] = {}
-    grading = {k: config.reward[k] for k in ("workers", "timeout_s", "require_format")}
     asking = {"window": window, "weights": weights, "samples": samples, "limit": limit}
-    with Grader(**grading) as grader:
+    with make_grader(config, "") as grader:
         for loaded in benchmarks:
             plan = wrong.attempt(make_plan, loaded, config, tokenizer, grader, **asking)
             if plan:

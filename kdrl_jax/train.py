@@ -21,17 +21,15 @@ from kdrl_jax.config import digest, to_json
 from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend
-from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, sampling_params
 from kdrl_jax.sharding import make_mesh, put_batch
-from kdrl_jax.tasks.registry import task_verifier
 from kdrl_jax.training.batch import rollout_rows
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
-from kdrl_jax.training.problems import load_run_tokenizer, read_run_data
+from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import build_role, check_roles, ends_differently, write_model_files
 from kdrl_jax.training.run import Run
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
@@ -75,7 +73,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     write_model_files(workdir, shapes["student"], tokenizer)
     student = Decoder(shapes["student"], config.student.dtype, config.student.remat)
     teacher = reference = None
-    if sizes.uses_teacher:
+    if sizes.method.uses_teacher:
         model = Decoder(shapes["teacher"], config.teacher.dtype, config.teacher.remat)
         params = build_role("teacher", config, model, tokenizer, teacher_mesh, display)
         teacher = Weights(model, params, teacher_mesh)
@@ -96,7 +94,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         teacher=teacher,
         reference=reference,
         valid_vocab=tokenizer.size,
-        mask_final_eos=sizes.uses_teacher and ends_differently(config, tokenizer),
+        mask_final_eos=sizes.method.uses_teacher and ends_differently(config, tokenizer),
     )
     sampling = sampling_params(
         (ro.prompts_per_step, ro.group_size),
@@ -137,9 +135,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         display.say(f"continuing after step {start} of {config.steps}")
 
     # --- Loop ----------------------------------------------------------------------------------
-    grading = {k: config.reward[k] for k in ("workers", "timeout_s", "require_format")}
     book = Run(config, workdir, start, store, display, data_digest, trend)
-    with Grader(**grading, verify=task_verifier(config.data.task)) as grader, book as run:
+    with make_grader(config, config.data.task) as grader, book as run:
         collector = Collector(
             engine_of(teacher.model, teacher.mesh) if teacher and by_teacher else engine,
             problems,
@@ -157,7 +154,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 run.wait()
                 keys = ("samples", "batch", "temperature")
                 settings = {k: config.eval[k] for k in keys} | {"seed": config.seed}
-                settings |= {"max_new_tokens": ro.max_new_tokens, "buckets": buckets}
                 scores, _ = evaluate(engine, state.params, held_out, tokenizer, grader, **settings)
                 run.evaluated(step, scores)
 

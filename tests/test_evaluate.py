@@ -156,7 +156,7 @@ def test_responses_to_other_problems_are_refused(tokenizer, grader, tmp_path):
 
 def test_held_out_evaluation_counts_repetition(tokenizer, grader):
     asked = [(q.problem, q.prompt) for q in questions(tokenizer, 5)]
-    settings = {"samples": 4, "temperature": 0.6, "max_new_tokens": 40, "buckets": (8, 16)}
+    settings = {"samples": 4, "temperature": 0.6}
     metrics, verdicts = evaluate_held_out(
         ScriptedEngine(tokenizer), None, asked, tokenizer, grader, batch=2, seed=1, **settings
     )

@@ -15,6 +15,7 @@ from kdrl_jax.data import Tokenizer, encode_prompts
 from kdrl_jax.evaluation.benchmarks import Benchmark, Loaded, refused_golds
 from kdrl_jax.rewards import Grader
 from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.training.validation import differences
 from kdrl_jax.types import Problem, UserError
 
 T = TypeVar("T")
@@ -142,13 +143,7 @@ def check_settings(file: Path, settings: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    problems = [
-        f"{path}: was made with {key}={before.get(key)!r}, now {settings.get(key)!r}; use the old "
-        "value or another --output"
-        for key in sorted(before.keys() | settings.keys())
-        if before.get(key) != settings.get(key)
-    ]
-    if problems:
+    if problems := differences(path, before, settings, "--output"):
         raise UserError(*problems)
 
 

@@ -12,7 +12,7 @@ from kdrl_jax.evaluation.planning import Question
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rewards.format import final_answer
 from kdrl_jax.rollout import RolloutEngine, sampling_params
-from kdrl_jax.training.evaluation import Responses, respond
+from kdrl_jax.training.evaluation import Responses, grade_all, respond
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.types import Params, Problem, UserError, Verdict
 
@@ -72,12 +72,11 @@ def ask(
                 [q.number for q in asked],
                 tokenizer,
                 settings,
-                buckets=engine.prompt_buckets,
                 seed=seed,
             )
-            repeated = [q.problem for q in asked for _ in range(samples)]
-            verdicts = grader.grade(said.texts, [p.answer for p in repeated])
-            new = _rows(repeated, said, verdicts, samples, grader.require_format)
+            problems = [q.problem for q in asked]
+            verdicts = grade_all(grader, said.texts, problems)
+            new = _rows(problems, said, verdicts, samples, grader.require_format)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             file.flush()
             rows += new
@@ -93,6 +92,7 @@ def _rows(
     samples: int,
     require_format: bool,
 ) -> list[Row]:
+    each = [problem for problem in problems for _ in range(samples)]
     return [
         {
             "id": problem.id,
@@ -108,7 +108,7 @@ def _rows(
             "repeats": loops,
         }
         for i, (problem, text, length, cut, loops, verdict) in enumerate(
-            zip(problems, *said, verdicts, strict=True)
+            zip(each, *said, verdicts, strict=True)
         )
     ]
 

@@ -34,6 +34,11 @@ class Method:
     ratio: Literal["old", "trrd"] = "old"
     """The ratio of the policy term: π_θ/π_old, or the mixture with the teacher's."""
 
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether there must be a teacher: to score rollouts or to make them."""
+        return self.scores or self.sampler == "teacher"
+
 
 METHODS: dict[str, Method] = {
     "grpo": Method(),

@@ -15,13 +15,11 @@ from kdrl_jax.config import split_variant
 from kdrl_jax.models import Decoder
 from kdrl_jax.reproduction.grid import Cell, Grid
 from kdrl_jax.reproduction.runner import Job, read_json
-from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.tasks.registry import task_verifier
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.metrics import Display, write_atomic
-from kdrl_jax.training.problems import load_run_tokenizer, read_run_data
+from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import build_role, check_roles
 from kdrl_jax.training.validation import validate
 
@@ -38,7 +36,7 @@ def needs(cells: Sequence[Cell], task: str) -> dict[str, Cell]:
     for cell in cells:
         if cell.task == task:
             config = cell.load()
-            if validate(config).uses_teacher:
+            if validate(config).method.uses_teacher:
                 found.setdefault(split_variant(cell.config)[1] or TEACHER, cell)
             if config.student.sft.steps:
                 found.setdefault(f"{STUDENT} {cell.seed}", cell)
@@ -78,8 +76,7 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
             max_new_tokens=config.rollout.max_new_tokens,
             mesh=mesh,
         )
-        grading = {key: config.reward[key] for key in ("workers", "timeout_s", "require_format")}
-        with Grader(**grading, verify=task_verifier(config.data.task)) as grader:
+        with make_grader(config, config.data.task) as grader:
             scores, _ = evaluate(
                 engine,
                 params,
@@ -87,8 +84,6 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
                 tokenizer,
                 grader,
                 **{key: config.eval[key] for key in ("samples", "batch", "temperature")},
-                max_new_tokens=config.rollout.max_new_tokens,
-                buckets=config.data.prompt_buckets,
                 seed=config.seed,
             )
         write_atomic(output / "prepared" / task / f"{name}.json", json.dumps(scores) + "\n")

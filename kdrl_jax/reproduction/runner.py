@@ -69,11 +69,7 @@ def is_done(cell: Cell, output: Path) -> bool:
         return False
     config = cell.load()
     old = json.loads(saved.read_text(encoding="utf-8"))
-    try:
-        compare_for_resume(old, config, saved)
-    except UserError as error:
-        changed = (line.replace("--workdir", "--output") for line in error.problems)
-        raise UserError(*changed) from error
+    compare_for_resume(old, config, saved, option="--output")
     if old["steps"] != json.loads(to_json(config))["steps"]:
         return False
     summary = read_json(folder / "summary.json")

@@ -53,7 +53,6 @@ def respond(
     tokenizer: Tokenizer,
     sampling: SamplingParams,
     *,
-    buckets: Sequence[int],
     seed: int,
 ) -> Responses:
     """Answer one batch of prompts; waits for the devices.
@@ -68,7 +67,7 @@ def respond(
     filled = [i % len(prompts) for i in range(batch)]
     rollouts = engine.generate(
         params,
-        pad_prompts([prompts[i] for i in filled], buckets, tokenizer.pad_id),
+        pad_prompts([prompts[i] for i in filled], engine.prompt_buckets, tokenizer.pad_id),
         request_keys(seed, 0, [numbers[i] for i in filled], samples),
         sampling,
     )
@@ -99,8 +98,6 @@ def evaluate(
     samples: int,
     batch: int,
     temperature: float,
-    max_new_tokens: int,
-    buckets: Sequence[int],
     seed: int,
 ) -> tuple[dict[str, float], list[Verdict]]:
     """`eval/…` metrics: means over problems and samples, and the verdicts.
@@ -118,15 +115,13 @@ def evaluate(
     sampling = sampling_params(
         (batch, samples),
         tokenizer.stop_ids,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=engine.max_new_tokens,
         temperature=temperature,
     )
     for start in range(0, len(problems), batch):
         asked = problems[start : start + batch]
         prompts, numbers = [ids for _, ids in asked], range(start, start + len(asked))
-        said = respond(
-            engine, params, prompts, numbers, tokenizer, sampling, buckets=buckets, seed=seed
-        )
+        said = respond(engine, params, prompts, numbers, tokenizer, sampling, seed=seed)
         verdicts += grade_all(grader, said.texts, [problem for problem, _ in asked])
         lengths += said.lengths
         cut += said.cut

@@ -18,11 +18,15 @@ from kdrl_jax.data import (
     parse_filters,
     read_problems,
 )
-from kdrl_jax.tasks.registry import get_task, task_problems
+from kdrl_jax.rewards import Grader
+from kdrl_jax.tasks.registry import get_task, task_problems, task_verifier
 from kdrl_jax.training.evaluation import EncodedProblem
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.roles import model_folder
 from kdrl_jax.types import Problem, UserError
+
+GRADING = ("workers", "timeout_s", "require_format")
+"""Keys of `reward` that a `Grader` takes."""
 
 
 class RunData(NamedTuple):
@@ -43,6 +47,11 @@ def load_run_tokenizer(config: ConfigDict) -> Tokenizer:
     alphabet = get_task(config.data.task).alphabet
     assert alphabet is not None  # see validation
     return SentencePieceTokenizer.train(alphabet)
+
+
+def make_grader(config: ConfigDict, task: str) -> Grader:
+    """A grader with the config's `reward` settings; task "": answers are mathematics."""
+    return Grader(**{key: config.reward[key] for key in GRADING}, verify=task_verifier(task))
 
 
 def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) -> RunData:

@@ -82,7 +82,7 @@ def check_roles(
         the mesh cannot split, a teacher that maps ids otherwise; one line each.
     """
     window = config.data.max_prompt_tokens + config.rollout.max_new_tokens
-    roles = ["student", "teacher"] if sizes.uses_teacher else ["student"]
+    roles = ["student", "teacher"] if sizes.method.uses_teacher else ["student"]
     shapes = {name: model_config(config[name], tokenizer, window) for name in roles}
     problems: list[str] = []
     for name, shape in shapes.items():
@@ -111,7 +111,7 @@ def check_roles(
             )
     if problems:
         raise UserError(*problems)
-    if sizes.uses_teacher and config.teacher.path:
+    if sizes.method.uses_teacher and config.teacher.path:
         check_tokenizer_pair(tokenizer, load_tokenizer(model_folder(config.teacher.path)))
     return shapes
 

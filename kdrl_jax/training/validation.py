@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,6 @@ class Sizes:
     updates: int
     """Optimizer updates of one step: mini_batches · epochs."""
     logprob_temperature: float
-
-    @property
-    def uses_teacher(self) -> bool:
-        """Whether a teacher is loaded: to score rollouts or to make them."""
-        return self.method.scores or self.method.sampler == "teacher"
 
 
 def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
@@ -214,8 +209,7 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
 
 def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
     objective = flat["objective"]
-    needs_teacher = method.scores or method.sampler == "teacher"
-    if needs_teacher and not (flat["teacher.path"] or flat["teacher.sft.steps"]):
+    if method.uses_teacher and not (flat["teacher.path"] or flat["teacher.sft.steps"]):
         yield (
             f"teacher.path: empty, and objective={objective!r} needs a teacher; give a folder, "
             "set teacher.sft.steps to make one, or use objective='grpo'"
@@ -313,7 +307,25 @@ def has_checkpoint(workdir: Path) -> bool:
     return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
 
 
-def compare_for_resume(old: dict[str, Any], new: ConfigDict, where: Path) -> None:
+def differences(
+    where: Path, before: Mapping[str, Any], after: Mapping[str, Any], option: str
+) -> list[str]:
+    """A line for each setting that was another when `where` was made.
+
+    Args:
+      option: of the command line, which names a place where nothing has been made yet.
+    """
+    return [
+        f"{where}: was made with {key}={before.get(key)!r}, now {after.get(key)!r}; "
+        f"use the old value or another {option}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+
+
+def compare_for_resume(
+    old: dict[str, Any], new: ConfigDict, where: Path, option: str = "--workdir"
+) -> None:
     """Refuse to continue a run whose results another config shaped.
 
     Raises:
@@ -321,16 +333,15 @@ def compare_for_resume(old: dict[str, Any], new: ConfigDict, where: Path) -> Non
     """
     before = flatten(ConfigDict(old))
     after = flatten(ConfigDict(json.loads(to_json(new))))
-    problems = [
-        f"{where}: was made with {key}={before.get(key)!r}, now {after.get(key)!r}; "
-        "use the old value or another --workdir"
-        for key in sorted(before.keys() | after.keys())
-        if before.get(key) != after.get(key) and not key.startswith(RESUMABLE_CHANGES)
-    ]
+
+    def shaping(flat: dict[str, Any]) -> dict[str, Any]:
+        return {key: x for key, x in flat.items() if not key.startswith(RESUMABLE_CHANGES)}
+
+    problems = differences(where, shaping(before), shaping(after), option)
     if before.get("steps") != after["steps"] and after["optimizer.schedule"] == "cosine":
         problems.append(
             f"{where}: was made with steps={before.get('steps')!r}, now {after['steps']!r}, "
-            "on which the cosine schedule depends; use the old value or another --workdir"
+            f"on which the cosine schedule depends; use the old value or another {option}"
         )
     if problems:
         raise UserError(*problems)
