@@ -24,6 +24,7 @@ from kdrl_jax.objectives._terms import TokenBatch
 from kdrl_jax.objectives.advantages import group_advantages
 from kdrl_jax.objectives.distributions import SUPPORTS, full_divergence, topk_divergence
 from kdrl_jax.objectives.divergences import DISTRIBUTION_ESTIMATORS, ESTIMATORS, estimator
+from kdrl_jax.objectives.fused import TokenScores, fused_loss
 from kdrl_jax.objectives.kdrl import kdrl_loss
 from kdrl_jax.objectives.logprobs import support_log_probs, token_log_probs, top_tokens
 from kdrl_jax.objectives.methods import METHODS, Method
@@ -50,11 +51,13 @@ __all__ = [
     "Method",
     "Schedule",
     "TokenBatch",
+    "TokenScores",
     "Trend",
     "beta_schedule",
     "clipped_surrogate",
     "estimator",
     "full_divergence",
+    "fused_loss",
     "group_advantages",
     "importance_ratio",
     "kd_weights",

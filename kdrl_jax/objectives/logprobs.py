@@ -11,7 +11,7 @@ in closed form. Chunks run along the length, so a batch split over devices stays
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -125,10 +125,10 @@ def top_tokens(
     if not 0 < k <= valid_vocab:
         raise ValueError(f"k: {k} found; must be from 1 to valid_vocab={valid_vocab}")
     hidden, head = jax.lax.stop_gradient((hidden, head))
-    compute_head = _in_compute_dtype(head, hidden)
+    compute_head = in_compute_dtype(head, hidden)
 
     def body(_: None, hidden: Array) -> tuple[None, tuple[Array, Array]]:
-        z = _logits(plan, hidden, compute_head, scale)[0]
+        z = chunk_logits(plan, hidden, compute_head, scale)
         values, ids = jax.lax.top_k(z, k)
         log_sum = jax.nn.logsumexp(z, axis=-1, keepdims=True)
         return None, (ids.astype(jnp.int32), values - log_sum)
@@ -138,14 +138,114 @@ def top_tokens(
         return join(ids, hidden.shape[1]), join(log_probs, hidden.shape[1])
 
 
-def _logits(
-    plan: Plan, hidden: Array, head: Array, scale: Array
-) -> tuple[Float[Array, "R W V"], Bool[Array, "1 1 V"]]:
-    """Logits over temperature, float32, −inf from valid_vocab on; and which ids are valid."""
-    z = jnp.einsum("RWD,VD->RWV", hidden, head, preferred_element_type=jnp.float32) * scale
-    z = constrain(z, "batch", None, "vocab")
-    valid = _ids(z) < plan.valid_vocab
-    return jnp.where(valid, z, -jnp.inf), valid
+class LogitScores(NamedTuple):
+    """What a chunk's logits say of its tokens, float32."""
+
+    log_probs: Float[Array, "R W"]
+    entropy: Float[Array, "R W"]
+    log_sum: Float[Array, "R W"]
+    at_support: Float[Array, "R W J"] | None
+
+
+def chunk_logits(
+    plan: Plan, hidden: Float[Array, "R W D"], head: Float[Array, "V D"], scale: Array
+) -> Float[Array, "R W V"]:
+    """Logits over temperature, float32, −inf from valid_vocab on."""
+    z = _product("TD,VD->TV", hidden.reshape(-1, hidden.shape[-1]), head) * scale
+    z = constrain(z.reshape(*hidden.shape[:2], -1), "batch", None, "vocab")
+    return z if plan.valid_vocab == z.shape[-1] else jnp.where(_valid(plan, z), z, -jnp.inf)
+
+
+def measure_logits(
+    plan: Plan,
+    z: Float[Array, "R W V"],
+    targets: Int[Array, "R W"],
+    support: Int[Array, "R W J"] | None,
+) -> LogitScores:
+    """Log-probs and entropies of a chunk, in passes over its logits that keep nothing."""
+
+    def at(ids: Array) -> Array:
+        """Log-probs of ids `[R, W, n]`."""
+        found = jnp.take_along_axis(z, jnp.clip(ids, 0, z.shape[-1] - 1), axis=-1)
+        return jnp.where(_known(plan, ids), found - top - log_total, -jnp.inf)
+
+    # Everything relative to the largest logit, so that large logits cost no digits.
+    z = jax.lax.optimization_barrier(z)
+    top = z.max(-1, keepdims=True)
+    total = jnp.exp(z - top).sum(-1, keepdims=True)
+    log_total = jnp.log(total)
+    # Computed again for its own sum: two sums over one array would make compilers store it.
+    again, top_again = jax.lax.optimization_barrier((z, top))
+    shifted = jnp.where(_valid(plan, z), again - top_again, 0.0)
+    weighted = jnp.where(_valid(plan, z), jnp.exp(shifted) * shifted, 0.0)
+    entropy = log_total - weighted.sum(-1, keepdims=True) / total
+    return LogitScores(
+        log_probs=at(targets[..., None])[..., 0],
+        entropy=entropy[..., 0],
+        log_sum=(top + log_total)[..., 0],
+        at_support=None if support is None else at(support),
+    )
+
+
+def logit_gradient(
+    plan: Plan,
+    z: Float[Array, "R W V"],
+    targets: Int[Array, "R W"],
+    support: Int[Array, "R W J"] | None,
+    scores: LogitScores,
+    d_log_probs: Float[Array, "R W"],
+    d_entropy: Float[Array, "R W"],
+    d_support: Float[Array, "R W J"] | None,
+) -> Float[Array, "R W V"]:
+    """What a loss that has these gradients in the scores has in the logits."""
+    log_p = jnp.where(_valid(plan, z), z - scores.log_sum[..., None], 0.0)
+    p = jnp.where(_valid(plan, z), jnp.exp(log_p), 0.0)
+    d_log_probs = jnp.where(_known(plan, targets), d_log_probs, 0.0)[..., None]
+    d_z = jnp.where(_ids(z) == targets[..., None], d_log_probs, 0.0) - d_log_probs * p
+    if support is not None and d_support is not None:
+        d_support = jnp.where(_known(plan, support), d_support, 0.0)
+        d_z -= d_support.sum(-1, keepdims=True) * p
+        add = jax.vmap(jax.vmap(lambda d, ids, x: d.at[ids].add(x)))
+        d_z = add(d_z, jnp.clip(support, 0, z.shape[-1] - 1), d_support)
+    return d_z - d_entropy[..., None] * p * (log_p + scores.entropy[..., None])
+
+
+def new_head_gradient(plan: Plan, head: Array) -> Float[Array, "Z V D"]:
+    """Zeros to which `head_gradients` adds: a sum for each part of the batch.
+
+    The parts meet once, after the loop over chunks. A single sum would make every chunk wait for
+    an all-reduce of [V, D].
+    """
+    return constrain(jnp.zeros((plan.shards, *head.shape), jnp.float32), "batch", "vocab", None)
+
+
+def head_gradients(
+    plan: Plan,
+    d_head: Float[Array, "Z V D"],
+    d_z: Float[Array, "R W V"],
+    hidden: Float[Array, "R W D"],
+    head: Float[Array, "V D"],
+) -> tuple[Float[Array, "Z V D"], Float[Array, "R W D"]]:
+    """d_head with a chunk's part added, and the chunk's d_hidden; `d_z` of the raw products."""
+    d_z = d_z.astype(hidden.dtype)
+    flat = (x.reshape(-1, x.shape[-1]) for x in (d_z, hidden))
+    d_z, tokens = (by_shard(plan, x) for x in flat)
+    d_hidden = _product("TV,VD->TD", d_z.reshape(-1, d_z.shape[-1]), head)
+    if plan.shards == 1:
+        d_head += _product("TV,TD->VD", d_z[0], tokens[0])[None]
+    else:
+        d_head += _product("ZTV,ZTD->ZVD", d_z, tokens)
+    d_hidden = d_hidden.astype(hidden.dtype).reshape(hidden.shape)
+    return constrain(d_head, "batch", "vocab", None), d_hidden
+
+
+def _product(equation: str, x: Array, y: Array) -> Array:
+    """Matrix products, accumulated in float32: tokens on one axis is what compilers do best."""
+    return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+
+def _valid(plan: Plan, z: Float[Array, "R W V"]) -> Bool[Array, "1 1 V"]:
+    return _ids(z) < plan.valid_vocab
 
 
 def _ids(z: Float[Array, "R W V"]) -> Int[Array, "1 1 V"]:
@@ -156,7 +256,7 @@ def _known(plan: Plan, ids: Int[Array, "..."]) -> Bool[Array, "..."]:
     return (ids >= 0) & (ids < plan.valid_vocab)
 
 
-def _in_compute_dtype(head: Array, hidden: Array) -> Array:
+def in_compute_dtype(head: Array, hidden: Array) -> Array:
     """The head as the products read it, gathered once over the axes that split its width."""
     return constrain(head.astype(hidden.dtype), "vocab", None)
 
@@ -171,72 +271,37 @@ def _scan_log_probs(
 def _forward(
     plan: Plan, hidden: Array, head: Array, targets: Array, support: Array | None, scale: Array
 ) -> tuple[tuple[Array, Array, Array | None], tuple[Array | None, ...]]:
-    compute_head = _in_compute_dtype(head, hidden)
+    compute_head = in_compute_dtype(head, hidden)
 
-    def body(_: None, xs: tuple[Array, ...]) -> tuple[None, tuple[Array | None, ...]]:
+    def body(_: None, xs: tuple[Array, ...]) -> tuple[None, LogitScores]:
         hidden, targets, support = xs
-        z, valid = _logits(plan, hidden, compute_head, scale)
-        # Everything relative to the largest logit, so that large logits cost no digits.
-        top = z.max(-1)
-        z -= top[..., None]
-        e = jnp.exp(z)
-        total = e.sum(-1)
-        log_total = jnp.log(total)
-        # A sum over one hit, not a gather: it needs no communication of a split vocabulary.
-        hit = (_ids(z) == targets[..., None]) & valid
-        target = jnp.where(hit, z, 0.0).sum(-1)
-        log_probs = jnp.where(_known(plan, targets), target - log_total, -jnp.inf)
-        entropy = log_total - (e * jnp.where(valid, z, 0.0)).sum(-1) / total
-        at_support: Array | None = None
-        if support is not None:
-            found = jnp.take_along_axis(z, jnp.clip(support, 0, z.shape[-1] - 1), axis=-1)
-            at_support = jnp.where(_known(plan, support), found - log_total[..., None], -jnp.inf)
-        return None, (log_probs, entropy, top + log_total, at_support)
+        z = chunk_logits(plan, hidden, compute_head, scale)
+        return None, measure_logits(plan, z, targets, support)
 
     with jax.named_scope("token_log_probs"):
         xs = jax.tree.map(functools.partial(cut, plan), (hidden, targets, support))
         _, outputs = jax.lax.scan(body, None, xs)
-        log_probs, entropy, log_sum, at_support = jax.tree.map(
-            lambda x: join(x, targets.shape[1]), outputs
-        )
-    saved = (hidden, head, targets, support, scale, log_sum, entropy)
-    return (log_probs, entropy, at_support), saved
+        scores = jax.tree.map(lambda x: join(x, targets.shape[1]), outputs)
+    saved = (hidden, head, targets, support, scale, scores)
+    return (scores.log_probs, scores.entropy, scores.at_support), saved
 
 
 def _backward(
     plan: Plan, saved: tuple[Array, ...], cotangents: tuple[Array, Array, Array | None]
 ) -> tuple[Array, Array, None, None, None]:
-    hidden, head, targets, support, scale, log_sum, entropy = saved
-    compute_head = _in_compute_dtype(head, hidden)
+    hidden, head, targets, support, scale, scores = saved
+    compute_head = in_compute_dtype(head, hidden)
 
-    def body(d_head: Array, xs: tuple[Array, ...]) -> tuple[Array, Array]:
-        hidden, targets, support, log_sum, entropy, (d_log_probs, d_entropy, d_support) = xs
-        z, valid = _logits(plan, hidden, compute_head, scale)
-        log_p = jnp.where(valid, z - log_sum[..., None], 0.0)
-        p = jnp.where(valid, jnp.exp(log_p), 0.0)
-        d_log_probs = jnp.where(_known(plan, targets), d_log_probs, 0.0)[..., None]
-        d_z = jnp.where(_ids(z) == targets[..., None], d_log_probs, 0.0) - d_log_probs * p
-        if support is not None:
-            d_support = jnp.where(_known(plan, support), d_support, 0.0)
-            d_z -= d_support.sum(-1, keepdims=True) * p
-            add = jax.vmap(jax.vmap(lambda d, ids, x: d.at[ids].add(x)))
-            d_z = add(d_z, jnp.clip(support, 0, z.shape[-1] - 1), d_support)
-        d_z -= d_entropy[..., None] * p * (log_p + entropy[..., None])
-        d_z = (d_z * scale).astype(hidden.dtype)
-        d_hidden = jnp.einsum("RWV,VD->RWD", d_z, compute_head, preferred_element_type=jnp.float32)
-        # Each part of the batch adds up its own gradient of the head; they meet once, after the
-        # loop. A single sum would make every chunk wait for an all-reduce of [V, D].
-        parts = (by_shard(plan, x) for x in (d_z, hidden))
-        d_head += jnp.einsum("ZRWV,ZRWD->ZVD", *parts, preferred_element_type=jnp.float32)
-        return constrain(d_head, "batch", "vocab", None), d_hidden.astype(hidden.dtype)
+    def body(d_head: Array, xs: tuple[Any, ...]) -> tuple[Array, Array]:
+        hidden, targets, support, scores, cotangents = xs
+        z = chunk_logits(plan, hidden, compute_head, scale)
+        d_z = logit_gradient(plan, z, targets, support, scores, *cotangents)
+        return head_gradients(plan, d_head, d_z * scale, hidden, compute_head)
 
     with jax.named_scope("token_log_probs_backward"):
-        d_head = constrain(
-            jnp.zeros((plan.shards, *head.shape), jnp.float32), "batch", "vocab", None
-        )
-        per_token = (hidden, targets, support, log_sum, entropy, cotangents)
+        per_token = (hidden, targets, support, scores, cotangents)
         xs = jax.tree.map(functools.partial(cut, plan), per_token)
-        d_head, d_hidden = jax.lax.scan(body, d_head, xs)
+        d_head, d_hidden = jax.lax.scan(body, new_head_gradient(plan, head), xs)
         d_hidden, d_head = join(d_hidden, targets.shape[1]), d_head.sum(0).astype(head.dtype)
         return d_hidden, d_head, None, None, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,11 +14,10 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from kdrl_jax.objectives import (
-    full_divergence,
+    TokenScores,
+    fused_loss,
     kdrl_loss,
     mismatch_kl,
-    support_log_probs,
-    token_log_probs,
     topk_divergence,
     trrd_loss,
 )
@@ -25,6 +25,9 @@ from kdrl_jax.objectives.distributions import Support
 from kdrl_jax.sharding import replicated, state_shardings
 from kdrl_jax.training.scoring import split_micro_batches
 from kdrl_jax.types import Params, TrainBatch, TrainState
+
+OF_ROWS = ("tokens", "positions", "segment_ids")
+"""Fields of a batch [R, L]; all others are [R, T]."""
 
 
 class Hyper(NamedTuple):
@@ -114,33 +117,45 @@ def make_update(
       valid_vocab, chunk: see `token_log_probs`.
     """
     loss_of = {"old": _joint_loss, "trrd": _trrd_loss}[objective.ratio]
-    head_options = {"valid_vocab": valid_vocab, "chunk": chunk}
+
+    def of_tokens(scores: TokenScores, batch: TrainBatch, hyper: Hyper) -> tuple[Array, Metrics]:
+        divergence = scores.divergence
+        if scores.support_log_probs is not None and batch.support_log_probs is not None:
+            divergence = topk_divergence(
+                scores.support_log_probs, batch.support_log_probs, objective.support
+            )
+        log_probs, weights = scores.log_probs, batch.weights
+        loss, metrics = loss_of(objective, hyper, log_probs, scores.entropy, batch, divergence)
+        if objective.own_rollouts:
+            # Meaningful where both are taken at one temperature; see logprob_temperature.
+            metrics["mismatch/kl"] = mismatch_kl(log_probs, batch.sampler_log_probs, weights)
+        metrics["log_probs/mean"] = jnp.sum(weights * log_probs)
+        return loss, metrics
 
     def loss_fn(
         params: Params, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None
     ) -> tuple[Array, Metrics]:
         t = batch.weights.shape[1]
         states = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
-        hidden, targets, head = states[:, -t - 1 : -1], batch.tokens[:, -t:], model.head(params)
-        options: dict[str, Any] = {"temperature": hyper.temperature, **head_options}
-        divergence = None
-        if batch.support is not None and batch.support_log_probs is not None:
-            log_probs, entropy, of_support = support_log_probs(
-                hidden, head, targets, batch.support, **options
-            )
-            divergence = topk_divergence(of_support, batch.support_log_probs, objective.support)
-        else:
-            log_probs, entropy = token_log_probs(hidden, head, targets, **options)
-        if batch.teacher_hidden is not None and teacher_head is not None:
-            divergence = full_divergence(
-                hidden, head, batch.teacher_hidden, teacher_head, **options
-            )
-        loss, metrics = loss_of(objective, hyper, log_probs, entropy, batch, divergence)
-        if objective.own_rollouts:
-            # Meaningful where both are taken at one temperature; see logprob_temperature.
-            metrics["mismatch/kl"] = mismatch_kl(log_probs, batch.sampler_log_probs, batch.weights)
-        metrics["log_probs/mean"] = jnp.sum(batch.weights * log_probs)
-        return loss, metrics
+        return fused_loss(
+            of_tokens,
+            states[:, -t - 1 : -1],
+            model.head(params),
+            batch.tokens[:, -t:],
+            dataclasses.replace(
+                batch,
+                **{key: getattr(batch, key)[:, -t:] for key in OF_ROWS},
+                support=None,
+                teacher_hidden=None,
+            ),
+            hyper,
+            temperature=hyper.temperature,
+            support=batch.support,
+            teacher_hidden=batch.teacher_hidden,
+            teacher_head=teacher_head,
+            valid_vocab=valid_vocab,
+            chunk=chunk,
+        )
 
     def update(
         state: TrainState, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None
