@@ -117,6 +117,9 @@ def get_config() -> ConfigDict:
     c.rollout.top_p = 1.0  # 1: off
     c.rollout.top_k = 0  # 0: off
     c.rollout.min_p = 0.0  # 0: off
+    # Requests that decode at once, over all devices; a request that ends leaves its slot to the
+    # next. Changes memory and speed, not results. 0: all of a rollout batch, fewer as they end.
+    c.rollout.slots = 0
     # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at
     # most so many more rollout batches a step. For sft: groups without a right answer.
     c.rollout.refill = 0

@@ -47,7 +47,7 @@ DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 READS = (
     *("seed", "cache_dir", "student.dtype", "mesh.", "eval.batch", "eval.samples", "data.prompt"),
     *("data.max_prompt_tokens", "data.on_bad", "data.fields"),
-    *(f"rollout.{key}" for key in DRAWING),
+    *(f"rollout.{key}" for key in (*DRAWING, "slots")),
     *(f"reward.{key}" for key in GRADING),
 )
 
@@ -127,6 +127,7 @@ def _ask_all(
         valid_vocab=tokenizer.size,
         prompt_buckets=config.data.prompt_buckets,
         max_new_tokens=config.rollout.max_new_tokens,
+        slots=config.rollout.slots,
         mesh=mesh,
     )
     size = min(len(asked), max(1, config.eval.batch * config.eval.samples // samples))

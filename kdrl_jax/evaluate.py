@@ -5,8 +5,9 @@
 
 The checkpoint is a run's folder (its newest checkpoint), RUN/checkpoints/STEP or a Hugging Face
 folder; for a run, --config may be left out: its own config.json serves. From the config come
-student.dtype, data.prompt_style, data.prompt_buckets, rollout.max_new_tokens, eval.temperature
-(top-p is 1), eval.batch, reward.*, mesh.*, seed; any of them may be set by --config.KEY=VALUE.
+student.dtype, data.prompt_style, data.prompt_buckets, rollout.max_new_tokens, rollout.slots,
+eval.temperature (top-p is 1), eval.batch, reward.*, mesh.*, seed; any of them may be set by
+--config.KEY=VALUE.
 
 Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugging Face hub at the
 revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
@@ -63,7 +64,8 @@ from kdrl_jax.types import UserError
 # What an evaluation reads of a config; only these are checked.
 READS = (
     *("seed", "cache_dir", "student.dtype", "data.prompt_style", "data.prompt_buckets", "mesh."),
-    *("rollout.max_new_tokens", "eval.temperature", "eval.batch", "eval.samples", "reward."),
+    *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
+    *("eval.samples", "reward."),
 )
 
 
@@ -116,6 +118,7 @@ def evaluate(
             valid_vocab=tokenizer.size,
             prompt_buckets=prompt_buckets(config.data.prompt_buckets, longest),
             max_new_tokens=config.rollout.max_new_tokens,
+            slots=config.rollout.slots,
             mesh=mesh,
         )
         for plan in plans:

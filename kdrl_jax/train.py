@@ -108,6 +108,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             valid_vocab=tokenizer.size,
             prompt_buckets=buckets,
             max_new_tokens=ro.max_new_tokens,
+            slots=ro.slots,
             mesh=where,
         )
 
@@ -165,7 +166,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 sampler = teacher.params if teacher and by_teacher else state.params
                 # Meanwhile the last step's metrics are read.
                 found, position = collector.collect(sampler, position, run.settle)
-                rollouts = put_batch(mesh, found.rollouts) if by_teacher else found.rollouts
+                rollouts = put_batch(mesh, found.rollouts)
                 run.clock.lap("rollout")
 
                 beta, now = learner.beta(step, run.trend), learner.hyper(step, run.trend)

@@ -9,6 +9,7 @@ Axis letters, the same in array annotations and einsum strings:
     S  padded prompt length        H  head dimension
     T  padded completion length    F  MLP width
     L  row length, S + T           Y  decoder layers
+    W  columns of a decode cache   C  tokens of a decode chunk
     J  support: tokens of a position at which teacher and student are compared
     E  teacher's width
 
@@ -71,10 +72,8 @@ class Prompts(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values of all layers; the leading axis is scanned over.
-
-    The prompt cache is `[Y, P, K, S, H]`, shared by the G rollouts of each prompt; the completion
-    cache is `[Y, P, G, K, T, H]`.
+    """Keys and values: `[Y, P, K, S, H]` of all layers from a prefill, `[B, K, W, H]` of one in
+    decoding.
     """
 
     k: Array
@@ -84,18 +83,18 @@ class KVCache(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Rollouts:
-    """G sampled completions of each of P prompts.
+    """G sampled completions of each of P prompts: host arrays, until they are put on devices.
 
     `log_probs` are the sampling policy's own: of the full distribution at the sampling
     temperature, before top-p, top-k and min-p. The end token is part of the completion.
     """
 
-    prompt_tokens: Int[Array, "P S"]
-    prompt_lengths: Int[Array, "P"]
-    tokens: Int[Array, "P G T"]
-    log_probs: Float[Array, "P G T"]
-    lengths: Int[Array, "P G"]
-    finish_reason: Int[Array, "P G"]
+    prompt_tokens: Int[Any, "P S"]
+    prompt_lengths: Int[Any, "P"]
+    tokens: Int[Any, "P G T"]
+    log_probs: Float[Any, "P G T"]
+    lengths: Int[Any, "P G"]
+    finish_reason: Int[Any, "P G"]
     """FINISH_EOS or FINISH_LENGTH."""
 
 

@@ -1,16 +1,13 @@
 """Collecting the rollouts of a step: order, lazy grading and dynamic sampling."""
 
-import jax
 import numpy as np
 import pytest
 
 from kdrl_jax.data import PromptBatches
-from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.types import FINISH_EOS, Problem, Rollouts, Verdict
 
 P, G, T = 4, 2, 3
-MESH = make_mesh(devices=jax.devices()[:1])
 # Sixteen problems, and how the two samples of each are graded.
 PROBLEMS = [(Problem(f"p{i}", f"q{i}", f"a{i}"), [i + 1]) for i in range(16)]
 
@@ -18,27 +15,26 @@ PROBLEMS = [(Problem(f"p{i}", f"q{i}", f"a{i}"), [i + 1]) for i in range(16)]
 class Engine:
     """Answers problem i, sample g, with the tokens [i + 1, g, 0]."""
 
-    mesh = MESH
     prompt_buckets = (1, 2)
 
     def __init__(self):
-        self.widths = []
+        self.widths, self.expected = [], []
 
-    def generate(self, params, prompts, keys, sampling):
+    def generate(self, params, prompts, keys, sampling, *, expected_lengths, meanwhile):
         assert keys.shape == (P, G)
+        self.expected.append(expected_lengths)
         self.widths.append(prompts.tokens.shape[1])
+        meanwhile()
         tokens = np.zeros((P, G, T), np.int32)
         tokens[..., 0] = prompts.tokens[:, -1:]
         tokens[..., 1] = np.arange(G)
-        return jax.device_put(
-            Rollouts(
-                prompt_tokens=prompts.tokens,
-                prompt_lengths=prompts.lengths,
-                tokens=tokens,
-                log_probs=np.zeros((P, G, T), np.float32),
-                lengths=np.full((P, G), T, np.int32),
-                finish_reason=np.full((P, G), FINISH_EOS, np.int32),
-            )
+        return Rollouts(
+            prompt_tokens=prompts.tokens,
+            prompt_lengths=prompts.lengths,
+            tokens=tokens,
+            log_probs=np.zeros((P, G, T), np.float32),
+            lengths=np.full((P, G), T, np.int32),
+            finish_reason=np.full((P, G), FINISH_EOS, np.int32),
         )
 
 
@@ -107,6 +103,17 @@ def test_a_step_without_refill_is_graded_when_asked() -> None:
     assert found.metrics == {}
     assert engine.widths == [1]
     consistent(found)
+
+
+def test_problems_seen_before_are_expected_to_take_as_long() -> None:
+    made, engine, _ = collector(lambda i, g: g == 0)
+    made.collect(None, 0)
+    made._seen[asked_at(1)[0]] = 7.0
+    made.collect(None, 1)
+    assert engine.expected[0] == [0.0] * P  # nothing is known
+    others = [T] * len(set(asked_at(0)) - {asked_at(1)[0]})
+    assert engine.expected[1][0] == 7.0
+    assert engine.expected[1][1] in (T, float(np.mean([7.0, *others])))
 
 
 def test_equal_groups_are_replaced_in_place() -> None:

@@ -24,7 +24,7 @@ from kdrl_jax.models import (
     save_hf,
 )
 from kdrl_jax.sharding import make_mesh, param_shardings, path_name
-from kdrl_jax.types import UserError
+from kdrl_jax.types import KVCache, UserError
 
 
 @pytest.fixture
@@ -114,10 +114,11 @@ def test_prefill_and_decode_run_sharded(folder):
 
     def run(params):
         hidden, prompt = model.prefill(params, tokens, positions, ids)
-        cache = model.new_cache(4, 2, 3)
-        new = jnp.broadcast_to(tokens[:, :1], (4, 2))
-        x, cache = model.decode(params, new, new * 0 + 6, prompt, ids > 0, cache, 0)
-        return model.logits(params, x), model.logits(params, hidden)
+        cache = [KVCache(k, v) for k, v in zip(prompt.k, prompt.v, strict=True)]
+        lengths, recent = jnp.full(4, 6), model.new_cache(4, 3)
+        weights = model.unstack(params)
+        x, _ = model.decode(weights, tokens[:, 0], cache, lengths, recent, 0)
+        return model.logits(weights, x), model.logits(params, hidden)
 
     expected = jax.jit(run)(one)
     with jax.set_mesh(mesh):

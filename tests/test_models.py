@@ -16,8 +16,9 @@ import pytest
 
 from kdrl_jax.models import REMAT, Decoder, ModelConfig, RopeScaling, attention, load_hf
 from kdrl_jax.models.layers import rope_frequencies
+from kdrl_jax.rollout.decode import join_recent
 from kdrl_jax.sharding import param_spec, path_name
-from kdrl_jax.types import UserError
+from kdrl_jax.types import KVCache, UserError
 
 BOUND = 1e-4
 
@@ -111,83 +112,73 @@ def test_a_row_of_padding_gives_finite_gradients(tiny):
     [("qwen2", jnp.float32), ("qwen3_untied_yarn", jnp.float32), ("qwen2", jnp.bfloat16)],
 )
 def test_prefill_and_decode_equal_the_full_forward(name, dtype, load):
-    """G = 3 completions share each left-padded prompt's cache."""
+    """Rows of unequal length, right-padded; the second half of the tokens in a second chunk."""
     model, params = load(name)
     model = dataclasses.replace(model, dtype=dtype)
-    (problems, group), (s, t) = (2, 3), (12, 6)
+    rows, s, t, half = 3, 12, 6, 3
     rng = np.random.default_rng(3)
-    lengths = np.array([s, 5])
-    real = np.arange(s) >= s - lengths[:, None]
-    prompts = np.where(real, rng.integers(1, cases.VOCAB, (problems, s)), 0)
-    positions = np.where(real, np.arange(s) - (s - lengths[:, None]), 0)
-    tokens = rng.integers(1, cases.VOCAB, (problems, group, t))
+    lengths = np.array([s, 5, 8])
+    real = np.arange(s) < lengths[:, None]
+    prompts = np.where(real, rng.integers(1, cases.VOCAB, (rows, s)), 0)
+    positions = np.broadcast_to(np.arange(s), (rows, s))
+    tokens = rng.integers(1, cases.VOCAB, (rows, t))
 
-    hidden, prompt_cache = jax.jit(model.prefill)(params, prompts, positions, real.astype(int))
+    hidden, prompt = jax.jit(model.prefill)(params, prompts, positions, real.astype(int))
     c = model.config
-    assert prompt_cache.k.shape == (c.num_layers, problems, c.num_kv_heads, s, c.head_dim)
-    cache = model.new_cache(problems, group, t)
+    assert prompt.k.shape == (c.num_layers, rows, c.num_kv_heads, s, c.head_dim)
+    weights = jax.jit(model.unstack)(params)
     decode = jax.jit(model.decode)
-    decoded = []
-    for j in range(t):
-        at = np.broadcast_to(lengths[:, None] + j, (problems, group))
-        x, cache = decode(params, tokens[:, :, j], at, prompt_cache, real, cache, j)
-        decoded.append(model.logits(params, x))
-    decoded = np.stack(decoded, axis=2)
+    cache = model.new_cache(rows, s + t)
+    cache = [
+        KVCache(*(old.at[:, :, :s].set(new[y]) for old, new in zip(layer, prompt, strict=True)))
+        for y, layer in enumerate(cache)
+    ]
+    filled, decoded = lengths, []
+    for _ in range(2):
+        recent = model.new_cache(rows, half)
+        for j in range(half):
+            new = tokens[:, len(decoded)]
+            x, recent = decode(weights, new, cache, filled, recent, j)
+            decoded.append(model.logits(weights, x))
+        cache = jax.tree.map(lambda old, new, at=filled: join_recent(old, new, at), cache, recent)
+        filled = filled + half
+    decoded = np.stack(decoded, axis=1)
 
-    each = functools.partial(np.repeat, repeats=group, axis=0)
-    after = each(lengths)[:, None] + np.arange(t)
-    rows = (
-        np.concatenate([each(prompts), tokens.reshape(-1, t)], axis=1),
-        np.concatenate([each(positions), after], axis=1),
-        np.concatenate([each(real), np.ones_like(after, bool)], axis=1).astype(int),
-    )
-    full = np.asarray(logits_of(model, params, *rows))
-    decoded = decoded.reshape(-1, t, cases.VOCAB)
+    whole = np.zeros((rows, s + t), int)
+    for row, n in enumerate(lengths):
+        whole[row, : n + t] = [*prompts[row, :n], *tokens[row]]
+    ids = (np.arange(s + t) < lengths[:, None] + t).astype(int)
+    after = lengths[:, None] + np.arange(t)
+
+    def full(model):
+        places = np.broadcast_to(np.arange(s + t), whole.shape)
+        return np.asarray(logits_of(model, params, whole, places, ids))
+
+    wanted = np.take_along_axis(full(model), after[..., None], axis=1)
     if dtype == jnp.bfloat16:  # as far from the exact result as the full forward is, no more
-        exact = np.asarray(logits_of(dataclasses.replace(model, dtype=jnp.float32), params, *rows))
-        error, usual = (np.square(x - exact[:, s:]).mean() ** 0.5 for x in (decoded, full[:, s:]))
+        exact = full(dataclasses.replace(model, dtype=jnp.float32))
+        exact = np.take_along_axis(exact, after[..., None], axis=1)
+        error, usual = (np.square(x - exact).mean() ** 0.5 for x in (decoded, wanted))
         assert 1e-3 < error < 1.2 * usual
         return
-    assert np.abs(decoded - full[:, s:]).max() <= BOUND
+    assert np.abs(decoded - wanted).max() <= BOUND
     prefilled = np.asarray(model.logits(params, hidden))
-    assert np.abs(prefilled[real] - full[::group, :s][real]).max() <= BOUND
+    assert np.abs(prefilled[real] - full(model)[:, :s][real]).max() <= BOUND
 
 
-def test_decode_reads_no_unwritten_slot(tiny):
+def test_decode_reads_no_unwritten_column(tiny):
     model, params = tiny
-    one = jnp.ones((1, 2), jnp.int32)
-    _, prompt = jax.jit(model.prefill)(params, one, jnp.arange(2)[None], one)
-    empty = model.new_cache(1, 2, 5)
-    full_of_junk = jax.tree.map(lambda c: c + 7.0, empty)
+    weights, lengths = model.unstack(params), jnp.array([2, 0])
     step = jax.jit(model.decode)
-    mask = jnp.ones((1, 2), bool)
-    a, _ = step(params, one, 2 * one, prompt, mask, empty, 0)
-    b, _ = step(params, one, 2 * one, prompt, mask, full_of_junk, 0)
-    np.testing.assert_array_equal(a, b)
-
-
-def test_decode_loop_keeps_one_completion_cache():
-    """The cache is updated in place: the loop's temporaries stay well below the cache's size."""
-    model = Decoder(dataclasses.replace(TINY, num_layers=8))
-    params = jax.tree.map(lambda x: jnp.full(x.shape, 0.1), model.shapes())
-    one = jnp.ones((1, 2), jnp.int32)
-    _, prompt = jax.jit(model.prefill)(params, one, jnp.arange(2)[None], one)
-    cache = model.new_cache(1, 2, 1024)
-
-    def loop(cache):
-        def step(j, carry):
-            total, cache = carry
-            x, cache = model.decode(params, one, one + j, prompt, one > 0, cache, j)
-            return total + x.sum(), cache
-
-        return jax.lax.fori_loop(0, 1024, step, (jnp.zeros(()), cache))
-
-    memory = jax.jit(loop, donate_argnums=0).lower(cache).compile().memory_analysis()
-    if memory is None:
-        pytest.skip("this backend reports no memory use")
-    size = 2 * cache.k.nbytes
-    assert memory.temp_size_in_bytes < 0.5 * size
-    assert memory.alias_size_in_bytes >= size
+    results = []
+    for junk in (0.0, 7.0):
+        cache, recent = model.new_cache(2, 8), model.new_cache(2, 4)
+        used = jnp.arange(8)[None, :] < lengths[:, None]
+        filled = jnp.broadcast_to(used[:, None, :, None], cache[0].k.shape)
+        cache = jax.tree.map(lambda c, f=filled, x=junk: jnp.where(f, c + 1.0, c + x), cache)
+        recent = jax.tree.map(lambda c, x=junk: c + x, recent)
+        results.append(step(weights, jnp.array([3, 4]), cache, lengths, recent, 0)[0])
+    np.testing.assert_array_equal(*results)
 
 
 @pytest.mark.parametrize("length", [16, 21])

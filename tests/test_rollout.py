@@ -14,7 +14,9 @@ import scipy.stats
 from kdrl_jax.models import Decoder, ModelConfig
 from kdrl_jax.objectives import token_log_probs
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
-from kdrl_jax.rollout.sampling import BLOCK, sample, truncate
+from kdrl_jax.rollout import decode as device
+from kdrl_jax.rollout.sampling import BLOCK, block_size, sample, truncate
+from kdrl_jax.rollout.schedule import Queue, smaller_batch, window_sizes
 from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training.batch import rollout_rows
 from kdrl_jax.training.metrics import CompileCounter
@@ -98,19 +100,28 @@ def numpy_truncate(p, top_p=1.0, top_k=0, min_p=0.0):
 )
 def test_truncation_against_sorting(rules):
     rng = np.random.default_rng(1)
-    probs = rng.dirichlet(np.full(1100, 0.02), (3, 2)).astype(np.float32)
+    probs = rng.dirichlet(np.full(1100, 0.02), 6).astype(np.float32)
     found = np.asarray(truncate(jnp.asarray(probs), settings((3, 2), **rules)))
-    for index in np.ndindex(3, 2):
-        np.testing.assert_array_equal(found[index], numpy_truncate(probs[index], **rules))
+    for row, kept in zip(probs, found, strict=True):
+        np.testing.assert_array_equal(kept, numpy_truncate(row, **rules))
 
 
 def test_tied_tokens_stay_together():
-    probs = jnp.asarray([[[0.3, 0.2, 0.2, 0.2, 0.1]]])
+    probs = jnp.asarray([[0.3, 0.2, 0.2, 0.2, 0.1]])
     kept = truncate(probs, settings((1, 1), top_k=2))
-    np.testing.assert_array_equal(np.asarray(kept) > 0, [[[1, 1, 1, 1, 0]]])
+    np.testing.assert_array_equal(np.asarray(kept) > 0, [[1, 1, 1, 1, 0]])
 
 
-@pytest.mark.parametrize("vocab", [11, BLOCK * 3 + 7], ids=["one level", "two levels"])
+@pytest.mark.parametrize(
+    ("vocab", "block"), [(11, 11), (BLOCK * 3 + 7, BLOCK), (32_000, 500), (151_936, 128)]
+)
+def test_blocks_divide_the_vocabulary_where_they_can(vocab, block):
+    assert block_size(vocab) == block
+
+
+@pytest.mark.parametrize(
+    "vocab", [11, BLOCK * 3 + 7, 1000], ids=["one level", "two levels", "two levels, no rest"]
+)
 @pytest.mark.parametrize("rules", [{}, {"top_p": 0.8}, {"top_k": 4, "min_p": 0.05}], ids=str)
 def test_draws_follow_the_distribution(vocab, rules):
     """Chi-square of 20 000 draws; the tokens that matter lie in different blocks."""
@@ -120,9 +131,9 @@ def test_draws_follow_the_distribution(vocab, rules):
     heavy = np.linspace(0, valid - 1, 8).astype(int)
     logits[heavy] = rng.normal(0, 1, 8)
     logits[valid:] = 5.0  # of no token; must never be drawn
-    keys = jax.random.split(jax.random.key(0), (draws, 1))
+    keys = jax.random.split(jax.random.key(0), draws)
     tokens, log_probs = sample(
-        jnp.broadcast_to(jnp.asarray(logits), (draws, 1, vocab)),
+        jnp.broadcast_to(jnp.asarray(logits), (draws, vocab)),
         keys,
         settings((draws, 1), temperature=temperature, **rules),
         valid_vocab=valid,
@@ -149,10 +160,9 @@ def test_draws_at_the_ends_of_the_cdf():
     """No weight, no draw: not at uniform 0, and not beyond the last token that has weight."""
     from kdrl_jax.rollout.sampling import _invert
 
-    weights = jnp.asarray([[[0.0, 0.25, 0.0, 0.75, 0.0]]])
-    found = [int(_invert(weights, jnp.full((1, 1), u))[0, 0]) for u in (0.0, 0.2, 0.3, 0.9999999)]
-    assert found == [1, 1, 3, 3]
-    assert int(_invert(weights, jnp.full((1, 1), 1.0))[0, 0]) == 3
+    weights = jnp.asarray([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    found = [int(_invert(weights, jnp.full(1, u))[0]) for u in (0.0, 0.2, 0.3, 0.9999999, 1.0)]
+    assert found == [1, 1, 3, 3, 3]
 
 
 # --- whole completions ----------------------------------------------------------------------
@@ -304,9 +314,9 @@ class Spy:
         self.prefilled.append(tokens.shape)
         return MODEL.prefill(params, tokens, *rest)
 
-    def decode(self, params, tokens, *rest):
+    def decode(self, params, tokens, *rest, **options):
         jax.debug.callback(lambda: self.decoded.append(1))
-        return MODEL.decode(params, tokens, *rest)
+        return MODEL.decode(params, tokens, *rest, **options)
 
 
 def test_one_prefill_per_prompt_and_early_exit(params):
@@ -314,11 +324,117 @@ def test_one_prefill_per_prompt_and_early_exit(params):
     make = RolloutEngine(spy, valid_vocab=VALID, prompt_buckets=(BUCKET,), max_new_tokens=LENGTH)
     prompts, keys = left_padded(2), request_keys(0, 0, range(2), 5)
     out = make.generate(params, prompts, keys, settings((2, 5), max_new_tokens=4, stop_ids=(-1,)))
-    jax.block_until_ready(out)
     jax.effects_barrier()
     assert spy.prefilled == [(2, BUCKET)]  # not 10 rows
     assert np.asarray(out.lengths).tolist() == [[4] * 5] * 2
-    assert len(spy.decoded) == 3  # the first token comes from the prefill; then three, not eleven
+    assert len(spy.decoded) == 4  # not twelve
+
+
+# --- continuous batching ---------------------------------------------------------------------
+
+
+def many(
+    params,
+    slots,
+    monkeypatch,
+    expected=None,
+    chunk=5,
+    mesh=None,
+    counts=None,
+    lengths=(1, 2, 5, 9, 40),
+):
+    """24 requests of very different lengths, decoded with so many slots."""
+    monkeypatch.setattr("kdrl_jax.rollout.engine.CHUNK", chunk)
+    make = engine(max_new_tokens=40, slots=slots, mesh=mesh)
+    if counts is not None:
+        inner = make._decode
+
+        def counted(*args):
+            slots_, chunk_ = inner(*args)
+            counts.append((len(chunk_.counts), int(chunk_.counts.max()), int(chunk_.counts.sum())))
+            return slots_, chunk_
+
+        make._decode = counted
+    prompts, keys = left_padded(8, seed=9), request_keys(3, 1, range(8), 3)
+    limits = np.random.default_rng(5).choice(lengths, (8, 3)).astype(np.int32)
+    limits[5, 1] = 40
+    sampling = dataclasses.replace(settings((8, 3), (-1,)), max_new_tokens=jnp.asarray(limits))
+    out = make.generate(params, prompts, keys, sampling, expected_lengths=expected)
+    np.testing.assert_array_equal(out.lengths, limits)
+    return out
+
+
+@pytest.mark.parametrize("slots", [1, 3, 16])
+@pytest.mark.parametrize("chunk", [5, 40])
+def test_results_do_not_depend_on_the_schedule(params, slots, chunk, monkeypatch):
+    """Fewer slots, shorter chunks, another order, a mesh: the same tokens for each request."""
+    whole = many(params, 0, monkeypatch)
+    found = many(params, slots, monkeypatch, chunk=chunk)
+    np.testing.assert_array_equal(found.tokens, whole.tokens)
+    np.testing.assert_allclose(found.log_probs, whole.log_probs, atol=1e-5)
+    reordered = many(params, slots, monkeypatch, expected=list(range(8)), chunk=chunk)
+    np.testing.assert_array_equal(reordered.tokens, whole.tokens)
+
+
+def test_refilled_slots_on_a_mesh(params, monkeypatch):
+    mesh = make_mesh(2, 2, 2)
+    split = jax.device_put(params, param_shardings(mesh, params))
+    found = many(split, 4, monkeypatch, mesh=mesh)
+    np.testing.assert_array_equal(found.tokens, many(params, 0, monkeypatch).tokens)
+
+
+def test_a_slot_that_ends_is_taken_by_the_next_request(params, monkeypatch):
+    counts: list[tuple[int, int, int]] = []
+    out = many(params, 4, monkeypatch, counts=counts)
+    steps = sum(most for _, most, _ in counts)
+    assert int(out.lengths.sum()) == sum(total for *_, total in counts)
+    waves = out.lengths.reshape(-1, 4).max(1).sum()  # static batches of 4
+    assert steps < 0.75 * waves
+
+
+def test_the_batch_shrinks_to_the_stragglers(params, monkeypatch):
+    counts: list[tuple[int, int, int]] = []
+    many(params, 16, monkeypatch, counts=counts, lengths=(3, 4))
+    sizes = [size for size, *_ in counts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert {16, 4} <= set(sizes)
+
+
+def test_the_queue_prefills_whole_groups_once():
+    queue = Queue([2, 0, 1], group=2, at_once=2)
+    taken = []
+    while len(queue):
+        batch = queue.batch
+        taken += [(batch, row, request) for row, request in queue.take(3)]
+    assert taken == [(0, 0, 4), (0, 0, 5), (0, 1, 0), (0, 1, 1), (1, 0, 2), (1, 0, 3)]
+    assert queue.problems(0) == [2, 0]
+    assert queue.problems(1) == [1]
+
+
+def test_sizes_of_batches_and_caches():
+    assert [smaller_batch(64, n, 1) for n in (64, 17, 16, 4, 1)] == [64, 64, 16, 4, 1]
+    assert [smaller_batch(64, n, 8) for n in (16, 1)] == [16, 16]
+    assert window_sizes(448, 64) == (112, 224, 448)
+    assert window_sizes(448, 56) == (56, 112, 224, 448)
+    assert window_sizes(21_536, 1056)[0] >= 1056
+
+
+def test_decoding_does_not_copy_the_cache(params):
+    """The loop only reads it, and the join writes in place: temporaries stay below its size."""
+    slots = device.empty_slots(MODEL, 4, 4096)
+    weights = MODEL.unstack(params)
+    step = jax.jit(
+        lambda slots: device.decode(
+            MODEL, weights, slots, settings((4, 1)), jnp.int32(0), steps=8, valid_vocab=VALID
+        ),
+        donate_argnums=0,
+    )
+    memory = step.lower(slots).compile().memory_analysis()
+    if memory is None:
+        pytest.skip("this backend reports no memory use")
+    size = sum(c.nbytes for c in jax.tree.leaves(slots.cache))
+    assert memory.temp_size_in_bytes < 0.5 * size
+    assert memory.alias_size_in_bytes >= size
 
 
 def test_wrong_shapes_are_refused(params):

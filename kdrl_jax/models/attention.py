@@ -11,15 +11,17 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kdrl_jax.models.layers import einsum
+from kdrl_jax.types import KVCache
 
 # Not -inf: a row of padding masks every key, and its softmax must stay finite.
 MASKED = -1e30
 
 # Longer rows attend in blocks of this many queries, so that scores take O(L) memory, not O(L²).
 QUERY_BLOCK = 512
+SPANS = 8
 
 
 def attend(
@@ -41,27 +43,35 @@ def attend(
       Weighted values, in q's dtype.
     """
     length = q.shape[1]
-    index = jnp.arange(length)
     if length <= QUERY_BLOCK:
-        return _attend_block(q, k, v, segment_ids, segment_ids, index)
+        return _attend_block(q, k, v, segment_ids, segment_ids, jnp.arange(length))
 
-    # Scores of one block at a time; the backward pass computes them again.
+    # Scores of one block at a time; the backward pass computes them again. Each span of blocks
+    # looks at the keys up to its own end, so that little more than the causal half is computed.
     blocks = -(-length // QUERY_BLOCK)
     pad = blocks * QUERY_BLOCK - length
+    ends = sorted({-(-blocks * (span + 1) // SPANS) for span in range(SPANS)})
 
     def split(x: Array) -> Array:
         x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def block(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, Array]:
-        q_block, segments, rows = xs
-        return None, _attend_block(q_block, k, v, segments, segment_ids, rows)
+    index = jnp.arange(blocks * QUERY_BLOCK).reshape(blocks, QUERY_BLOCK)
+    queries = (split(q), split(segment_ids), index)
+    done = []
+    for first, last in zip([0, *ends], ends, strict=False):
+        until = min(last * QUERY_BLOCK, length)
 
-    rows = jnp.arange(blocks * QUERY_BLOCK).reshape(blocks, QUERY_BLOCK)
-    _, out = jax.lax.scan(block, None, (split(q), split(segment_ids), rows))
-    out = jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * QUERY_BLOCK, *q.shape[2:])
-    return out[:, :length]
+        @functools.partial(jax.checkpoint, prevent_cse=False)
+        def block(_: None, xs: tuple[Array, Array, Array], until=until) -> tuple[None, Array]:
+            q_block, segments, rows = xs
+            keys = (k[:, :until], v[:, :until], segments, segment_ids[:, :until])
+            return None, _attend_block(q_block, *keys, rows)
+
+        span = tuple(x[first:last] for x in queries)
+        done.append(jax.lax.scan(block, None, span)[1])
+    out = jnp.moveaxis(jnp.concatenate(done), 0, 1)
+    return out.reshape(q.shape[0], blocks * QUERY_BLOCK, *q.shape[2:])[:, :length]
 
 
 def _attend_block(
@@ -73,51 +83,62 @@ def _attend_block(
     query_index: Int[Array, "Q"],
 ) -> Float[Array, "R Q N H"]:
     """`attend` for the queries at `query_index` of each row."""
-    key_index = jnp.arange(k.shape[1])
+    rows, count, _, width = q.shape
+    kv_heads, length = k.shape[2], k.shape[1]
+    # The M query heads of a key head side by side on the query axis: one product of matrices per
+    # row and key head. Division by the sum comes last, where there is least to divide.
+    grouped = _group(q, kv_heads).transpose(0, 2, 3, 1, 4).reshape(rows, kv_heads, -1, width)
+    k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
+    scores = _scores("RKQH,RKSH->RKQS", grouped, k).reshape(rows, kv_heads, -1, count, length)
     same = query_segments[:, :, None] == key_segments[:, None, :]
-    causal = query_index[:, None] >= key_index[None, :]
+    causal = query_index[:, None] >= jnp.arange(length)[None, :]
     mask = same & (key_segments != 0)[:, None, :] & causal[None]
-    scores = _scores("RQKMH,RSKH->RKMQS", _group(q, k.shape[2]), k)
-    probs = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
-    return einsum("RKMQS,RSKH->RQKMH", probs.astype(v.dtype), v).reshape(q.shape)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - top)
+    total = weights.sum(-1, keepdims=True)
+    weights = weights.astype(v.dtype).reshape(rows, kv_heads, -1, length)
+    out = einsum("RKQS,RKSH->RKQH", weights, v, jnp.float32)
+    out = out.reshape(rows, kv_heads, -1, count, width) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(q.shape).astype(q.dtype)
 
 
 def attend_cached(
-    q: Float[Array, "P G N H"],
-    prompt_k: Float[Array, "P K S H"],
-    prompt_v: Float[Array, "P K S H"],
-    prompt_mask: Bool[Array, "P S"],
-    completion_k: Float[Array, "P G K T H"],
-    completion_v: Float[Array, "P G K T H"],
-    completion_mask: Bool[Array, "T"],
-) -> Float[Array, "P G N H"]:
-    """Attention of one new token per rollout over its prompt and its own completion.
+    q: Float[Array, "B 1 N H"],
+    cache: KVCache,
+    lengths: Int[Array, "B"],
+    recent: KVCache,
+    count: Int[Array, ""] | int,
+) -> Float[Array, "B 1 N H"]:
+    """Attention of one new token per row over what its cache holds and the tokens since.
 
-    The G rollouts of a prompt read the same prompt cache. One softmax runs over both parts.
+    One softmax runs over both parts. The cache is only read, so that a decode loop need not carry
+    it; the loop writes to `recent`, at the same index in every row.
 
     Args:
       q: the new token's rotated queries.
-      prompt_mask: True at the real tokens of the prompt.
-      completion_mask: True at the completion slots written so far, the new token's included.
+      cache: [B, K, W, H]; a row's first `lengths` columns count.
+      recent: [B, K, C, H]; the first `count` columns count, the new token's included.
 
     Returns:
       Weighted values, in q's dtype.
     """
-    grouped = _group(q, prompt_k.shape[1])
-    on_prompt = _scores("PGKMH,PKSH->PGKMS", grouped, prompt_k)
-    on_completion = _scores("PGKMH,PGKTH->PGKMT", grouped, completion_k)
-    scores = jnp.concatenate(
-        [
-            jnp.where(prompt_mask[:, None, None, None, :], on_prompt, MASKED),
-            jnp.where(completion_mask[None, None, None, None, :], on_completion, MASKED),
-        ],
-        axis=-1,
-    )
-    probs = jax.nn.softmax(scores, axis=-1).astype(prompt_v.dtype)
-    over_prompt, over_completion = jnp.split(probs, [prompt_k.shape[2]], axis=-1)
-    out = einsum("PGKMS,PKSH->PGKMH", over_prompt, prompt_v)
-    out = out + einsum("PGKMT,PGKTH->PGKMH", over_completion, completion_v)
-    return out.reshape(q.shape)
+    grouped = _group(q, cache.k.shape[1])[:, 0]
+    in_cache = jnp.arange(cache.k.shape[2])[None, :] < lengths[:, None]
+    in_recent = jnp.arange(recent.k.shape[2])[None, :] < count
+
+    def look(part: KVCache, seen: Array) -> Array:
+        scores = _scores("BKMH,BKWH->BKMW", grouped, part.k)
+        return jnp.where(seen[:, None, None, :], scores, MASKED)
+
+    scores = look(cache, in_cache), look(recent, in_recent)
+    top = jnp.maximum(*(part.max(-1, keepdims=True) for part in scores))
+    weights = [jnp.exp(part - top) for part in scores]
+    total, out = jnp.zeros_like(top), jnp.zeros(grouped.shape, jnp.float32)
+    for part, v in zip(weights, (cache.v, recent.v), strict=True):
+        total += part.sum(-1, keepdims=True)
+        out += einsum("BKMW,BKWH->BKMH", part.astype(v.dtype), v, jnp.float32)
+    return (out / total).reshape(q.shape).astype(q.dtype)
 
 
 def _group(q: Float[Array, "R L N H"], kv_heads: int) -> Float[Array, "R L K M H"]:

@@ -16,12 +16,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kdrl_jax.models.attention import attend, attend_cached
 from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.models.layers import MLP, AttentionProjections, RMSNorm, einsum, rope_angles
-from kdrl_jax.sharding import constrain, path_name
+from kdrl_jax.sharding import constrain, constrain_weight, path_name
 from kdrl_jax.types import KVCache, Params, UserError
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -143,11 +143,25 @@ class Decoder:
         """The tree that `init` returns, as shapes and dtypes."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def cast(self, params: Params) -> Params:
-        """`params` as the layers would cast them at each use, to do it once before a decode loop.
+    def unstack(self, params: Params) -> Params:
+        """`params` as decoding reads them: `layers` a list, in the compute dtype, whole on `fsdp`.
 
-        Results are the same bits. Norm scales stay as they are: norms compute in fp32.
+        Done once before many tokens instead of once a token: slicing a layer out of the stack,
+        casting it, and gathering it from the devices that share it. Results are the same bits.
+        Norm scales stay fp32: norms compute in it.
         """
+
+        def one(path: Any, x: Array) -> Array:
+            name = path_name(path)
+            return constrain_weight(name, x if name.endswith("/scale") else x.astype(self.dtype))
+
+        params = jax.tree_util.tree_map_with_path(one, params)
+        stack = params["layers"]
+        layers = [jax.tree.map(lambda x, y=y: x[y], stack) for y in range(self.config.num_layers)]
+        return {**params, "layers": layers}
+
+    def cast(self, params: Params) -> Params:
+        """`params` in the compute dtype, norm scales apart: to keep frozen weights in."""
 
         def one(path: Any, x: Array) -> Array:
             return x if path_name(path).endswith("/scale") else x.astype(self.dtype)
@@ -203,58 +217,51 @@ class Decoder:
         cache = jax.tree.map(lambda c: constrain(c, None, "batch", "kv_heads", None, None), cache)
         return self._final_norm(params, x), cache
 
-    def new_cache(self, problems: int, group: int, length: int) -> KVCache:
-        """An empty completion cache [Y, P, G, K, T, H] in the compute dtype."""
+    def new_cache(self, rows: int, window: int) -> list[KVCache]:
+        """Empty caches [B, K, W, H] of the layers, in the compute dtype."""
         c = self.config
-        shape = (c.num_layers, problems, group, c.num_kv_heads, length, c.head_dim)
-        axes = (None, "batch", None, "kv_heads", None, None)
-        zeros = constrain(jnp.zeros(shape, self.dtype), *axes)
-        return KVCache(k=zeros, v=zeros)
+        shape = (rows, c.num_kv_heads, window, c.head_dim)
+
+        def zeros() -> Array:
+            return constrain(jnp.zeros(shape, self.dtype), "batch", "kv_heads", None, None)
+
+        return [KVCache(k=zeros(), v=zeros()) for _ in range(c.num_layers)]
 
     def decode(
         self,
-        params: Params,
-        tokens: Int[Array, "P G"],
-        positions: Int[Array, "P G"],
-        prompt_cache: KVCache,
-        prompt_mask: Bool[Array, "P S"],
-        completion_cache: KVCache,
+        weights: Params,
+        tokens: Int[Array, "B"],
+        cache: list[KVCache],
+        lengths: Int[Array, "B"],
+        recent: list[KVCache],
         index: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "P G D"], KVCache]:
-        """One token of every rollout: hidden states, and the cache with the token written in.
+    ) -> tuple[Float[Array, "B D"], list[KVCache]]:
+        """One token of every row: hidden states, and `recent` with the token written in.
 
-        The G rollouts of a prompt share its cache. The completion cache travels through the layer
-        scan as a carry and is written in place, so that a decode loop which carries it in turn
-        copies nothing but the slice a layer reads.
+        Layers are unrolled, so that nothing is sliced out of a stack for each token.
 
         Args:
-          tokens: the newest token of each rollout.
-          positions: their RoPE positions, prompt length + index.
-          prompt_cache: [Y, P, K, S, H], from `prefill`.
-          prompt_mask: True at real prompt tokens.
-          completion_cache: [Y, P, G, K, T, H], see `new_cache`; slots below `index` are filled.
-          index: the completion slot to write, the same for every rollout; in [0, T).
+          weights: from `unstack`.
+          tokens: the newest token of each row, at position lengths + index.
+          cache: [B, K, W, H] of each layer; only read.
+          lengths: columns of a row's cache that are filled.
+          recent: [B, K, C, H] of each layer: the tokens since, with columns below `index` filled.
+          index: the column of `recent` to write, the same for every row.
         """
-        rope = rope_angles(self.config, positions)
-        written = jnp.arange(completion_cache.k.shape[4]) <= index
+        rope = rope_angles(self.config, (lengths + index)[:, None])
+        x = self._embed(weights, tokens[:, None])
+        written = []
+        for layer, old, new in zip(weights["layers"], cache, recent, strict=True):
 
-        def step(carry: tuple[Array, KVCache], xs: tuple[Params, KVCache, Array]) -> Any:
-            x, cache = carry
-            weights, prompt, layer = xs
+            def look(q: Array, k: Array, v: Array, old=old, new=new) -> tuple[Array, KVCache]:
+                new = KVCache(
+                    *(_write(c, token, index) for c, token in zip(new, (k, v), strict=True))
+                )
+                return attend_cached(q, old, lengths, new, index + 1), new
 
-            def look(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-                pairs = zip(cache, (k, v), strict=True)
-                new = KVCache(*(_write(c, token, layer, index) for c, token in pairs))
-                own_k, own_v = (jax.lax.dynamic_index_in_dim(c, layer, keepdims=False) for c in new)
-                out = attend_cached(q, prompt.k, prompt.v, prompt_mask, own_k, own_v, written)
-                return out, new
-
-            return self._layer(weights, x, rope, look), None
-
-        layers = jnp.arange(self.config.num_layers)
-        carry = (self._embed(params, tokens), completion_cache)
-        (x, cache), _ = jax.lax.scan(step, carry, (params["layers"], prompt_cache, layers))
-        return self._final_norm(params, x), cache
+            x, new = self._layer(layer, x, rope, look)
+            written.append(new)
+        return self._final_norm(weights, x)[:, 0], written
 
     def head(self, params: Params) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding where tied."""
@@ -285,7 +292,7 @@ class Decoder:
         return nnx.merge(_graph(RMSNorm, args), params["final_norm"])(x)
 
 
-def _write(cache: Array, new: Array, layer: Array, index: Array | int) -> Array:
-    """Put `new` [P, G, K, H] at `index` of layer `layer` of `cache` [Y, P, G, K, T, H]."""
-    update = new[None, :, :, :, None, :].astype(cache.dtype)
-    return jax.lax.dynamic_update_slice(cache, update, (layer, 0, 0, 0, index, 0))
+def _write(cache: Array, new: Array, index: Array | int) -> Array:
+    """Put `new` [B, 1, K, H] at column `index` of `cache` [B, K, C, H]."""
+    update = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
+    return jax.lax.dynamic_update_slice_in_dim(cache, update, index, axis=2)

@@ -74,6 +74,7 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
             valid_vocab=tokenizer.size,
             prompt_buckets=config.data.prompt_buckets,
             max_new_tokens=config.rollout.max_new_tokens,
+            slots=config.rollout.slots,
             mesh=mesh,
         )
         with make_grader(config, config.data.task) as grader:

@@ -1,4 +1,9 @@
-"""The sampler as one program: prefill every prompt once, then decode its group together."""
+"""The device side of the rollout engine: slots, and the programs that change them.
+
+A slot is a row of the decode batch with a cache of its own. `prefill` runs prompts, `admit` puts
+requests into free slots, `decode` draws many tokens of all slots without asking the host, `fit`
+changes the number of slots and of cache columns. Nothing here knows how requests are scheduled.
+"""
 
 from __future__ import annotations
 
@@ -6,122 +11,206 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int
 
 from kdrl_jax.rollout.sampling import sample
 from kdrl_jax.sharding import constrain
-from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, KVCache, Params, Rollouts, SamplingParams
+from kdrl_jax.types import KVCache, Params, SamplingParams
 
 
-def prompt_layout(
-    lengths: Int[Array, "P"], slots: int
-) -> tuple[Int[Array, "P S"], Bool[Array, "P S"]]:
-    """Positions and real tokens of prompts left-padded to `slots`; padding is at position 0."""
-    offsets = jnp.arange(slots)[None, :] - (slots - lengths)[:, None]
-    return jnp.maximum(offsets, 0), offsets >= 0
+class Requests(NamedTuple):
+    """What a slot must know of its request."""
+
+    lengths: Int[Any, "B"]
+    """Tokens in the cache: all but the newest."""
+    newest: Int[Any, "B"]
+    """The token to feed next; at first the prompt's last."""
+    drawn: Int[Any, "B"]
+    """Tokens of the completion so far: the next one is drawn with fold_in(key, drawn)."""
+    limits: Int[Any, "B"]
+    """Tokens that the completion may have."""
+    keys: Int[Any, "B 2"]
+    """Key data."""
+    running: Bool[Any, "B"]
+
+
+class Slots(NamedTuple):
+    """The decode batch."""
+
+    cache: list[KVCache]
+    requests: Requests
+
+
+class Chunk(NamedTuple):
+    """What one call of `decode` drew, for the host: small arrays, the same on every device."""
+
+    tokens: Int[Array, "B C"]
+    log_probs: Float[Array, "B C"]
+    counts: Int[Array, "B"]
+    """How many of them are real."""
+    running: Bool[Array, "B"]
+    ended: Bool[Array, "B"]
+    """Whether the last one is an end token."""
+
+
+def prefill(model: Any, params: Params, tokens: Int[Array, "P S"], lengths: Array) -> KVCache:
+    """Keys and values [Y, P, K, S, H] of right-padded prompts."""
+    index = jnp.arange(tokens.shape[1])[None, :]
+    positions = jnp.broadcast_to(index, tokens.shape)
+    return model.prefill(params, tokens, positions, (index < lengths[:, None]).astype(jnp.int32))[1]
+
+
+def empty_slots(model: Any, count: int, window: int) -> Slots:
+    """`count` slots with nothing in them, and `window` columns of cache each."""
+    numbers = jnp.zeros((count,), jnp.int32)
+    keys, running = jnp.zeros((count, 2), jnp.uint32), jnp.zeros((count,), bool)
+    requests = Requests(numbers, numbers, numbers, numbers, keys, running)
+    return Slots(model.new_cache(count, window), _whole(requests))
+
+
+def admit(
+    slots: Slots,
+    prompts: KVCache,
+    rows: Int[Array, "A"],
+    where: Int[Array, "A"],
+    requests: Requests,
+) -> Slots:
+    """Put A requests into slots `where`, with the prompts' cache at `rows` for a beginning.
+
+    The last token of a prompt is fed again by `decode`, which draws the first token with it: so
+    there is one place that draws.
+
+    Args:
+      where: a number beyond the slots admits nothing.
+    """
+    width = prompts.k.shape[3]
+
+    def place(cache: Array, new: Array) -> Array:
+        out = cache.at[where, :, :width].set(new[rows], mode="drop")
+        return constrain(out, "batch", "kv_heads", None, None)
+
+    cache = [
+        KVCache(place(old.k, prompts.k[y]), place(old.v, prompts.v[y]))
+        for y, old in enumerate(slots.cache)
+    ]
+    merged = jax.tree.map(
+        lambda x, new: x.at[where].set(new, mode="drop"), slots.requests, requests
+    )
+    return Slots(cache, _whole(merged))
+
+
+def fit(slots: Slots, rows: Int[Array, "B2"], *, window: int) -> Slots:
+    """The slots `rows` alone, with `window` columns of cache."""
+
+    def change(x: Array) -> Array:
+        x = x[rows, :, :window]
+        x = jnp.pad(x, [(0, 0), (0, 0), (0, window - x.shape[2]), (0, 0)])
+        return constrain(x, "batch", "kv_heads", None, None)
+
+    requests = jax.tree.map(lambda x: x[rows], slots.requests)
+    return Slots(jax.tree.map(change, slots.cache), _whole(requests))
 
 
 class _Loop(NamedTuple):
-    """What the decode loop carries; `slot` is where the next token goes."""
-
-    slot: Int[Array, ""]
-    newest: Int[Array, "P G"]
-    cache: KVCache
-    tokens: Int[Array, "P G T"]
-    log_probs: Float[Array, "P G T"]
-    lengths: Int[Array, "P G"]
-    running: Bool[Array, "P G"]
-    finish_reason: Int[Array, "P G"]
+    step: Int[Array, ""]
+    newest: Int[Array, "B"]
+    running: Bool[Array, "B"]
+    recent: list[KVCache]
+    out: Chunk
 
 
-def generate(
+def decode(
     model: Any,
-    params: Params,
-    prompt_tokens: Int[Array, "P S"],
-    prompt_lengths: Int[Array, "P"],
-    keys: PRNGKeyArray,
+    weights: Params,
+    slots: Slots,
     sampling: SamplingParams,
+    stop_at: Int[Array, ""],
     *,
-    length: int,
+    steps: int,
     valid_vocab: int,
-) -> Rollouts:
-    """G completions of each prompt, in a device-side loop that ends when all have ended.
+) -> tuple[Slots, Chunk]:
+    """Draw up to `steps` tokens of every running slot; stop when `stop_at` or fewer still run.
 
-    A prompt is prefilled once, and its G rollouts read one cache. Completions share one slot index
-    because every prompt ends at column S. Token j of a request is drawn with fold_in(key, j).
+    New keys and values gather in buffers that all slots write at one index, and join the slots'
+    caches, each at its own length, once at the end.
 
     Args:
-      model: see `kdrl_jax.models.Decoder`.
-      prompt_tokens: left-padded.
-      keys: `[P, G]`, one for each request.
-      sampling: `max_new_tokens` above `length` counts as `length`.
-      length: T, the slots of a completion.
+      weights: see `Decoder.unstack`.
+      sampling: `max_new_tokens` is not looked at: limits are the requests' own.
+      steps: C; every running slot's cache must have as many columns to spare.
     """
-    slots = prompt_tokens.shape[1]
-    groups, size = keys.shape
-    # Cast the weights once, not once a token.
-    params = model.cast(params)
-    positions, prompt_mask = prompt_layout(prompt_lengths, slots)
-    hidden, prompt_cache = model.prefill(
-        params, prompt_tokens, positions, prompt_mask.astype(jnp.int32)
-    )
-    last = jnp.broadcast_to(hidden[:, -1:], (groups, size, hidden.shape[-1]))
-    limits = jnp.clip(sampling.max_new_tokens, 1, length)
-    stop_ids = sampling.stop_ids[None, None, :]
-
-    def advance(loop: _Loop, hidden: Float[Array, "P G D"]) -> _Loop:
-        """Sample the token at `slot` from the hidden state before it and book it."""
-        logits = constrain(model.logits(params, hidden), "batch", None, None)
-        draw = jax.vmap(jax.vmap(lambda key: jax.random.fold_in(key, loop.slot)))(keys)
-        token, log_prob = sample(logits, draw, sampling, valid_vocab=valid_vocab)
-        token = jnp.where(loop.running, token, 0)
-        ended = loop.running & (token[..., None] == stop_ids).any(-1)
-        count = loop.slot + 1
-        return _Loop(
-            slot=count,
-            newest=token,
-            cache=loop.cache,
-            tokens=_put(loop.tokens, token, loop.slot),
-            log_probs=_put(loop.log_probs, jnp.where(loop.running, log_prob, 0.0), loop.slot),
-            lengths=jnp.where(loop.running, count, loop.lengths),
-            running=loop.running & ~ended & (count < limits),
-            finish_reason=jnp.where(ended, FINISH_EOS, loop.finish_reason),
-        )
+    cache, asked = slots
+    count = asked.lengths.shape[0]
+    keys = jax.random.wrap_key_data(asked.keys)
+    stop_ids = sampling.stop_ids[None, :]
 
     def body(loop: _Loop) -> _Loop:
-        index = loop.slot - 1  # the newest token's
-        hidden, cache = model.decode(
-            params,
-            loop.newest,
-            prompt_lengths[:, None] + index,
-            prompt_cache,
-            prompt_mask,
-            loop.cache,
-            index,
+        hidden, recent = model.decode(
+            weights, loop.newest, cache, asked.lengths, loop.recent, loop.step
         )
-        return advance(loop._replace(cache=cache), hidden)
+        logits = constrain(model.logits(weights, hidden), "batch", None)
+        nth = asked.drawn + loop.step
+        token, log_prob = sample(
+            logits, jax.vmap(jax.random.fold_in)(keys, nth), sampling, valid_vocab=valid_vocab
+        )
+        token = jnp.where(loop.running, token, 0)
+        log_prob = jnp.where(loop.running, log_prob, 0.0)
+        ended = loop.running & (token[:, None] == stop_ids).any(-1)
+        running = loop.running & ~ended & (nth + 1 < asked.limits)
+        return _Loop(
+            step=loop.step + 1,
+            newest=jnp.where(loop.running, token, loop.newest),
+            running=running,
+            recent=recent,
+            out=Chunk(
+                tokens=_put(loop.out.tokens, token, loop.step),
+                log_probs=_put(loop.out.log_probs, log_prob, loop.step),
+                counts=loop.out.counts + loop.running,
+                running=running,
+                ended=loop.out.ended | ended,
+            ),
+        )
 
     start = _Loop(
-        slot=jnp.int32(0),
-        newest=jnp.zeros((groups, size), jnp.int32),
-        cache=model.new_cache(groups, size, length),
-        tokens=jnp.zeros((groups, size, length), jnp.int32),
-        log_probs=jnp.zeros((groups, size, length), jnp.float32),
-        lengths=jnp.zeros((groups, size), jnp.int32),
-        running=jnp.ones((groups, size), bool),
-        finish_reason=jnp.full((groups, size), FINISH_LENGTH, jnp.int32),
+        step=jnp.int32(0),
+        newest=asked.newest,
+        running=asked.running,
+        recent=model.new_cache(count, steps),
+        out=Chunk(
+            tokens=jnp.zeros((count, steps), jnp.int32),
+            log_probs=jnp.zeros((count, steps), jnp.float32),
+            counts=jnp.zeros((count,), jnp.int32),
+            running=asked.running,
+            ended=jnp.zeros((count,), bool),
+        ),
     )
-    end = jax.lax.while_loop(lambda loop: loop.running.any(), body, advance(start, last))
-    return Rollouts(
-        prompt_tokens=prompt_tokens,
-        prompt_lengths=prompt_lengths,
-        tokens=end.tokens,
-        log_probs=end.log_probs,
-        lengths=end.lengths,
-        finish_reason=end.finish_reason,
+    end = jax.lax.while_loop(
+        lambda loop: (loop.step < steps) & (loop.running.sum() > stop_at), body, start
     )
+    requests = asked._replace(
+        lengths=asked.lengths + end.out.counts,
+        newest=end.newest,
+        drawn=asked.drawn + end.out.counts,
+        running=end.running,
+    )
+    joined = jax.tree.map(lambda c, new: join_recent(c, new, asked.lengths), cache, end.recent)
+    return Slots(joined, _whole(requests)), _whole(end.out)
 
 
 def _put(record: Array, column: Array, index: Array) -> Array:
-    """Write `column` [P, G] at `index` of `record` [P, G, T]."""
-    return jax.lax.dynamic_update_slice_in_dim(record, column[..., None], index, axis=2)
+    """Write `column` [B] at `index` of `record` [B, C]."""
+    return jax.lax.dynamic_update_slice_in_dim(record, column[:, None], index, axis=1)
+
+
+def join_recent(cache: Array, recent: Array, lengths: Array) -> Array:
+    """Write the rows of `recent` [B, K, C, H] behind the `lengths` columns of `cache`.
+
+    Columns that were not drawn are written too: they lie beyond the new length.
+    """
+    write = jax.vmap(lambda c, new, n: jax.lax.dynamic_update_slice_in_dim(c, new, n, axis=1))
+    return constrain(write(cache, recent, lengths), "batch", "kv_heads", None, None)
+
+
+def _whole(tree: Any) -> Any:
+    """The same small arrays on every device, so that every process can read them."""
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), tree)

@@ -14,17 +14,17 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from kdrl_jax.types import SamplingParams
 
-# The inverse CDF first chooses a block of the vocabulary, then a token in it.
+# The inverse CDF first chooses a block of the vocabulary, of at most so many tokens, then a token.
 BLOCK = 512
 
 
 def sample(
-    logits: Float[Array, "P G V"],
+    logits: Float[Array, "B V"],
     keys: PRNGKeyArray,
     sampling: SamplingParams,
     *,
     valid_vocab: int,
-) -> tuple[Int[Array, "P G"], Float[Array, "P G"]]:
+) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
     """One token per request, and its log-prob under softmax(logits/τ) before any truncation.
 
     top-k keeps the k likeliest tokens; top-p the fewest likeliest ones of those that hold top_p of
@@ -33,27 +33,45 @@ def sample(
 
     Args:
       logits: float32; ids from `valid_vocab` on are never sampled and have no probability.
-      keys: `[P, G]`, one fresh key for each draw.
+      keys: `[B]`, one fresh key for each draw.
       sampling: temperature 0 takes the likeliest token, with its log-prob at temperature 1.
 
     Returns:
-      (tokens int32, log_probs float32), both `[P, G]`.
+      (tokens int32, log_probs float32), both `[B]`.
     """
+    # The product that made the logits is not to be computed again within the sums below.
+    logits = jax.lax.optimization_barrier(logits)
+    vocab = logits.shape[-1]
     greedy = sampling.temperature <= 0
-    scaled = logits / jnp.where(greedy, 1.0, sampling.temperature)
-    ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logits.shape[-1]), 2)
-    scaled = jnp.where(ids < valid_vocab, scaled, -jnp.inf)
-    log_probs = jax.nn.log_softmax(scaled, axis=-1)
-    tokens = jax.lax.cond(
-        greedy,
-        lambda: jnp.argmax(scaled, axis=-1).astype(jnp.int32),
-        lambda: _draw(truncate(jnp.exp(log_probs), sampling), keys),
-    )
-    return tokens, jnp.take_along_axis(log_probs, tokens[..., None], axis=-1)[..., 0]
+    z = logits * (1.0 / jnp.where(greedy, 1.0, sampling.temperature))
+    if valid_vocab < vocab:
+        ids = jax.lax.broadcasted_iota(jnp.int32, (1, vocab), 1)
+        z = jnp.where(ids < valid_vocab, z, -jnp.inf)
+    top = z.max(-1, keepdims=True)
+    # No [B, V] array is kept: what is looked at again, one block, is computed again.
+    sums = _blocks(jnp.exp(z - top)).sum(-1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+
+    def likeliest() -> Array:
+        return jnp.argmax(z, axis=-1).astype(jnp.int32)
+
+    def drawn() -> Array:
+        return _draw(sums, lambda block: jnp.exp(_one_block(z, block, -jnp.inf) - top), uniform)
+
+    def truncated() -> Array:
+        weights = truncate(jnp.exp(z - top), sampling)
+        of_blocks = _blocks(weights).sum(-1)
+        return _draw(of_blocks, lambda block: _one_block(weights, block, 0.0), uniform)
+
+    cuts = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+    case = jnp.where(greedy, 0, jnp.where(cuts, 2, 1))
+    tokens = jax.lax.switch(case, [likeliest, drawn, truncated])
+    chosen = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
+    return tokens, chosen - top[:, 0] - jnp.log(sums.sum(-1))
 
 
-def truncate(probs: Float[Array, "P G V"], sampling: SamplingParams) -> Float[Array, "P G V"]:
-    """`probs` with what top-k, top-p and min-p cut off set to 0, not renormalised."""
+def truncate(probs: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B V"]:
+    """`probs`, of any sum, with what top-k, top-p and min-p cut off set to 0."""
     vocab = probs.shape[-1]
 
     def top_k(p: Array) -> Array:
@@ -72,8 +90,8 @@ def truncate(probs: Float[Array, "P G V"], sampling: SamplingParams) -> Float[Ar
     return jax.lax.cond(sampling.min_p > 0, min_p, lambda p: p, probs)
 
 
-def _keep_largest(p: Float[Array, "P G V"], enough) -> Float[Array, "P G V"]:
-    """The fewest largest entries of p for which `enough(kept [P, G, V]) -> [P, G]` holds.
+def _keep_largest(p: Float[Array, "B V"], enough) -> Float[Array, "B V"]:
+    """The fewest largest entries of p for which `enough(kept [B, V]) -> [B]` holds.
 
     Floats that are not negative order as their bit patterns do, so 31 halvings of the range of
     patterns find the largest threshold exactly. The largest entry always stays.
@@ -91,31 +109,54 @@ def _keep_largest(p: Float[Array, "P G V"], enough) -> Float[Array, "P G V"]:
     return jnp.where(bits >= low[..., None], p, 0.0)
 
 
-def _draw(weights: Float[Array, "P G V"], keys: PRNGKeyArray) -> Int[Array, "P G"]:
+def block_size(vocab: int) -> int:
+    """Tokens of a block: all, or a divisor of the vocabulary if there is one near BLOCK."""
+    if vocab <= BLOCK:
+        return vocab
+    return next((size for size in range(BLOCK, BLOCK // 8, -1) if vocab % size == 0), BLOCK)
+
+
+def _blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks size"]:
+    vocab, size = x.shape[-1], block_size(x.shape[-1])
+    if vocab % size:
+        x = jnp.pad(x, [(0, 0), (0, -vocab % size)])
+    return x.reshape(x.shape[0], -1, size)
+
+
+def _one_block(
+    x: Float[Array, "B V"], block: Int[Array, "B"], beyond: float
+) -> Float[Array, "B size"]:
+    """Block number `block` of each row, filled up with `beyond` where the vocabulary ends."""
+    size = block_size(x.shape[-1])
+    if size == x.shape[-1]:
+        return x
+    ids = block[:, None] * size + jnp.arange(size)[None, :]
+    return jnp.take_along_axis(x, ids, axis=-1, mode="fill", fill_value=beyond)
+
+
+def _draw(sums: Float[Array, "B blocks"], inside, uniform: Float[Array, "B 2"]) -> Int[Array, "B"]:
     """An index with probability proportional to its weight, by inverse CDF at two levels.
 
     Two uniform numbers decide, whatever the vocabulary: Gumbel noise would take one per token.
+
+    Args:
+      sums: the weight of each block.
+      inside: from block numbers `[B]` to the weights within them, `[B, size]`.
     """
-    uniform = jax.vmap(jax.vmap(lambda key: jax.random.uniform(key, (2,))))(keys)
-    vocab = weights.shape[-1]
-    if vocab <= BLOCK:
-        return _invert(weights, uniform[..., 0])
-    blocks = -(-vocab // BLOCK)
-    pad = blocks * BLOCK - vocab
-    weights = jnp.pad(weights, [(0, 0), (0, 0), (0, pad)])
-    weights = weights.reshape(*weights.shape[:2], blocks, BLOCK)
-    block = _invert(weights.sum(-1), uniform[..., 0])
-    inside = jnp.take_along_axis(weights, block[..., None, None], axis=2)[..., 0, :]
-    return block * BLOCK + _invert(inside, uniform[..., 1])
+    if sums.shape[-1] == 1:
+        return _invert(inside(jnp.zeros(len(sums), jnp.int32)), uniform[:, 0])
+    block = _invert(sums, uniform[:, 0])
+    weights = inside(block)
+    return block * weights.shape[-1] + _invert(weights, uniform[:, 1])
 
 
-def _invert(weights: Float[Array, "P G W"], uniform: Float[Array, "P G"]) -> Int[Array, "P G"]:
+def _invert(weights: Float[Array, "B W"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
     """The first index at which the cumulative weight exceeds `uniform` of the total.
 
     Rounding can leave no such index, or one without weight: then the heaviest is as good.
     """
     total = jnp.cumsum(weights, axis=-1)
-    reached: Bool[Array, "P G W"] = total > uniform[..., None] * total[..., -1:]
+    reached: Bool[Array, "B W"] = total > uniform[:, None] * total[:, -1:]
     reached &= weights > 0
     first = jnp.argmax(reached, axis=-1)
     return jnp.where(reached.any(-1), first, jnp.argmax(weights, axis=-1)).astype(jnp.int32)

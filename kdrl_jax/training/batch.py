@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kdrl_jax.objectives import (
     Method,
@@ -18,7 +18,6 @@ from kdrl_jax.objectives import (
     token_weights,
 )
 from kdrl_jax.objectives.advantages import Baseline, Scale
-from kdrl_jax.rollout.decode import prompt_layout
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import FINISH_EOS, Rollouts, Scores, TrainBatch
 
@@ -32,6 +31,14 @@ class Rows(NamedTuple):
     tokens: Int[Array, "B L"]
     positions: Int[Array, "B L"]
     segment_ids: Int[Array, "B L"]
+
+
+def prompt_layout(
+    lengths: Int[Array, "P"], slots: int
+) -> tuple[Int[Array, "P S"], Bool[Array, "P S"]]:
+    """Positions and real tokens of prompts left-padded to `slots`; padding is at position 0."""
+    offsets = jnp.arange(slots)[None, :] - (slots - lengths)[:, None]
+    return jnp.maximum(offsets, 0), offsets >= 0
 
 
 def to_rows(

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Bool, Float
 
 from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, request_keys
-from kdrl_jax.sharding import replicated
 from kdrl_jax.training.evaluation import EncodedProblem, completion_texts, grade_all
 from kdrl_jax.types import Params, Rollouts, SamplingParams, Verdict
 
@@ -84,6 +82,7 @@ class Collector:
         self._engine, self._problems, self._batches = engine, problems, batches
         self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
         self._seed, self._refill, self._useful = seed, refill, useful
+        self._seen: dict[int, float] = {}  # mean length of a problem's last completions
         self._group = sampling.max_new_tokens.shape[1]
         # Groups of several batches are joined, so they must be of one width.
         self._buckets = engine.prompt_buckets[-1:] if refill else engine.prompt_buckets
@@ -120,12 +119,24 @@ class Collector:
         asked = [self._problems[i] for i in chosen]
         prompts = pad_prompts([ids for _, ids in asked], self._buckets, self._tokenizer.pad_id)
         keys = request_keys(self._seed, position, chosen, self._group)
-        rollouts = self._engine.generate(params, prompts, keys, self._sampling)
-        meanwhile()
+        rollouts = self._engine.generate(
+            params,
+            prompts,
+            keys,
+            self._sampling,
+            expected_lengths=self._expected(chosen),
+            meanwhile=meanwhile,
+        )
+        self._seen.update(zip(chosen, rollouts.lengths.mean(1).tolist(), strict=True))
         texts = completion_texts(rollouts, self._tokenizer)
         questions = [problem for problem, _ in asked]
         grade = functools.partial(grade_all, self._grader, texts, questions)
         return Collected(asked, rollouts, texts, grade, {})
+
+    def _expected(self, chosen: Iterable[int]) -> list[float]:
+        """What completions of these problems measured when last seen; new ones the usual."""
+        usual = float(np.mean([*self._seen.values()])) if self._seen else 0.0
+        return [self._seen.get(problem, usual) for problem in chosen]
 
     def _replace(
         self, found: Collected, useful: Bool[np.ndarray, "P"], more: Collected
@@ -134,8 +145,9 @@ class Collector:
         groups = len(useful)
         spare = iter(np.flatnonzero(self._useful(more.rewards)) + groups)
         picks = [p if good else int(next(spare, p)) for p, good in enumerate(useful)]
-        index = jax.device_put(np.array(picks, np.int32), replicated(self._engine.mesh))
-        rollouts = _take_groups(found.rollouts, more.rollouts, index)
+        rollouts = jax.tree.map(
+            lambda a, b: np.concatenate([a, b])[picks], found.rollouts, more.rollouts
+        )
 
         def flat(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
             both = [*first, *second]
@@ -145,9 +157,3 @@ class Collector:
         asked = [*found.asked, *more.asked]
         texts = flat(found.texts, more.texts)
         return Collected([asked[p] for p in picks], rollouts, texts, lambda: verdicts, {})
-
-
-@jax.jit
-def _take_groups(first: Rollouts, second: Rollouts, picks: Int[Array, "P"]) -> Rollouts:
-    """Groups by their index into both, one after the other."""
-    return jax.tree.map(lambda a, b: jnp.concatenate([a, b])[picks], first, second)

@@ -63,8 +63,8 @@ _NOT_NEGATIVE = (
     *("seed", "rollout.top_k", "rollout.min_p", "clip_eps_low", "clip_eps_high", "eval.every"),
     *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
     *("samples.count", "eval.temperature", "data.seed"),
-    *("reference_coef", "tis_cap", "rollout.refill", "reward.overlong_buffer"),
-    *("reward.overlong_penalty", "trrd.alpha"),
+    *("reference_coef", "tis_cap", "rollout.refill", "rollout.slots"),
+    *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
     *("optimizer.b1", "optimizer.b2"),
 )
@@ -77,7 +77,7 @@ _POSITIVE = (
 # Keys that may change between a run and its resumption; all others shape the result.
 RESUMABLE_CHANGES = (
     *("steps", "checkpoint.", "samples.", "mesh.", "teacher_mesh.", "cache_dir", "micro_batch"),
-    *("reward.workers", "logprob_chunk"),
+    *("reward.workers", "logprob_chunk", "rollout.slots"),
 )
 
 
