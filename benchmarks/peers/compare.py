@@ -38,8 +38,8 @@ def main() -> None:
         for variant in SEPARATE.get(workload, [""]):
             pairs = []
             for _ in range(args.pairs):
-                own = run(sys.executable, "kdrl.py", options)
-                other = run(args.tunix, "tunix.py", [*options, f"--variant={variant}"])
+                own = run(sys.executable, "run_kdrl.py", options)
+                other = run(args.tunix, "run_tunix.py", [*options, f"--variant={variant}"])
                 pairs.append((own, other))
             found.append({"workload": workload, "variant": variant, "pairs": pairs})
             print(row(workload, variant, pairs), flush=True)
@@ -51,7 +51,7 @@ def run(python: str, script: str, options: list[str]) -> dict[str, float]:
     """The result of one process."""
     env = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
     root = str(HERE.parent.parent)
-    env["PYTHONPATH"] = root if script == "kdrl.py" else ""
+    env["PYTHONPATH"] = root if script == "run_kdrl.py" else ""
     done = subprocess.run(
         [python, str(HERE / script), *options], env=env, text=True, capture_output=True, check=False
     )
