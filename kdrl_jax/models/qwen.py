@@ -148,20 +148,21 @@ class Decoder:
 
         Done once before many tokens instead of once a token: slicing a layer out of the stack,
         casting it, and gathering it from the devices that share it. Results are the same bits.
-        Norm scales stay fp32: norms compute in it.
         """
 
-        def one(path: Any, x: Array) -> Array:
-            name = path_name(path)
-            return constrain_weight(name, x if name.endswith("/scale") else x.astype(self.dtype))
+        def whole(path: Any, x: Array) -> Array:
+            return constrain_weight(path_name(path), x)
 
-        params = jax.tree_util.tree_map_with_path(one, params)
+        params = jax.tree_util.tree_map_with_path(whole, self.cast(params))
         stack = params["layers"]
         layers = [jax.tree.map(lambda x, y=y: x[y], stack) for y in range(self.config.num_layers)]
         return {**params, "layers": layers}
 
     def cast(self, params: Params) -> Params:
-        """`params` in the compute dtype, norm scales apart: to keep frozen weights in."""
+        """`params` in the compute dtype: to keep frozen weights in.
+
+        Norm scales stay fp32: norms compute in it.
+        """
 
         def one(path: Any, x: Array) -> Array:
             return x if path_name(path).endswith("/scale") else x.astype(self.dtype)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kdrl_jax.objectives._checks import require_rank, require_shape
-from kdrl_jax.sharding import BATCH_AXES, constrain
+from kdrl_jax.sharding import batch_parts, constrain
 
 
 class Plan(NamedTuple):
@@ -64,7 +64,7 @@ def require_head(valid_vocab: int, **arrays: Array) -> None:
 def _batch_shards(rows: int) -> int:
     """Parts that the mesh in use splits the rows into; 1 without a mesh or if it cannot."""
     mesh = jax.sharding.get_abstract_mesh()
-    parts = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+    parts = 1 if mesh.empty else batch_parts(mesh)
     return parts if rows % parts == 0 else 1
 
 

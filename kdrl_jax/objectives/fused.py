@@ -24,6 +24,7 @@ from kdrl_jax.objectives.logprobs import (
     logit_gradient,
     measure_logits,
     new_head_gradient,
+    valid_ids,
 )
 
 Metrics = dict[str, Float[Array, ""]]
@@ -116,8 +117,7 @@ def _scores(
         # The teacher's table may have fewer rows of padding.
         z_q = chunk_logits(plan, piece.teacher_hidden, of_teacher, shared.scale)
         z_q = jnp.pad(z_q, [(0, 0), (0, 0), (0, z.shape[-1] - z_q.shape[-1])])
-        ids = jax.lax.broadcasted_iota(jnp.int32, (1, 1, z.shape[-1]), 2)
-        valid = ids < plan.valid_vocab
+        valid = valid_ids(plan, z)
         log_p = z - raw.log_sum[..., None]
         log_q = jax.nn.log_softmax(jnp.where(valid, z_q, -jnp.inf), axis=-1)
         excess = jnp.where(valid, log_p - log_q, 0.0)
@@ -132,27 +132,27 @@ def _fused(
     compute_head = in_compute_dtype(head, hidden)
 
     def body(carry: Any, xs: tuple[Array, PerToken]) -> tuple[Any, None]:
-        hidden, piece = xs
-        z = chunk_logits(plan, hidden, compute_head, shared.scale)
-        found = loss(_scores(plan, z, piece, shared)[1], piece.rest, shared.rest)
+        found = _of_chunk(loss, plan, compute_head, shared, xs)
         return jax.tree.map(jnp.add, carry, found), None
 
     xs = jax.tree.map(functools.partial(cut, plan), (hidden, pieces))
-    return jax.lax.scan(body, _zeros(loss, plan, xs, shared), xs)[0]
+    return jax.lax.scan(body, _zeros(loss, plan, compute_head, shared, xs), xs)[0]
 
 
-def _zeros(loss: Loss, plan: Plan, xs: Any, shared: Shared) -> Any:
+def _of_chunk(
+    loss: Loss, plan: Plan, head: Array, shared: Shared, xs: tuple[Array, PerToken]
+) -> tuple[Array, Metrics]:
+    """What `loss` returns for one chunk's hidden states and pieces."""
+    hidden, piece = xs
+    z = chunk_logits(plan, hidden, head, shared.scale)
+    return loss(_scores(plan, z, piece, shared)[1], piece.rest, shared.rest)
+
+
+def _zeros(loss: Loss, plan: Plan, head: Array, shared: Shared, xs: Any) -> Any:
     """What `loss` returns, with zeros in it."""
-    _, piece = jax.tree.map(lambda x: x[0], xs)
-    like = piece.targets.shape
-
-    def first() -> Any:
-        empty = jnp.zeros(like, jnp.float32)
-        of_support = None if piece.support is None else jnp.zeros(piece.support.shape, jnp.float32)
-        divergence = None if piece.teacher_hidden is None else empty
-        return loss(TokenScores(empty, empty, of_support, divergence), piece.rest, shared.rest)
-
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(first))
+    first = jax.tree.map(lambda x: x[0], xs)
+    like = jax.eval_shape(functools.partial(_of_chunk, loss, plan), head, shared, first)
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
 
 
 def _forward(
@@ -179,7 +179,8 @@ def _forward(
 
     with jax.named_scope("fused_loss"):
         xs = jax.tree.map(functools.partial(cut, plan), (hidden, pieces))
-        start = (_zeros(loss, plan, xs, shared), new_head_gradient(plan, head))
+        zeros = _zeros(loss, plan, compute_head, shared, xs)
+        start = (zeros, new_head_gradient(plan, head))
         (total, d_head), d_hidden = jax.lax.scan(body, start, xs)
     return total, (join(d_hidden, hidden.shape[1]), d_head.sum(0).astype(head.dtype))
 

@@ -153,7 +153,7 @@ def chunk_logits(
     """Logits over temperature, float32, −inf from valid_vocab on."""
     z = _product("TD,VD->TV", hidden.reshape(-1, hidden.shape[-1]), head) * scale
     z = constrain(z.reshape(*hidden.shape[:2], -1), "batch", None, "vocab")
-    return z if plan.valid_vocab == z.shape[-1] else jnp.where(_valid(plan, z), z, -jnp.inf)
+    return z if plan.valid_vocab == z.shape[-1] else jnp.where(valid_ids(plan, z), z, -jnp.inf)
 
 
 def measure_logits(
@@ -176,8 +176,8 @@ def measure_logits(
     log_total = jnp.log(total)
     # Computed again for its own sum: two sums over one array would make compilers store it.
     again, top_again = jax.lax.optimization_barrier((z, top))
-    shifted = jnp.where(_valid(plan, z), again - top_again, 0.0)
-    weighted = jnp.where(_valid(plan, z), jnp.exp(shifted) * shifted, 0.0)
+    shifted = jnp.where(valid_ids(plan, z), again - top_again, 0.0)
+    weighted = jnp.where(valid_ids(plan, z), jnp.exp(shifted) * shifted, 0.0)
     entropy = log_total - weighted.sum(-1, keepdims=True) / total
     return LogitScores(
         log_probs=at(targets[..., None])[..., 0],
@@ -198,8 +198,8 @@ def logit_gradient(
     d_support: Float[Array, "R W J"] | None,
 ) -> Float[Array, "R W V"]:
     """What a loss that has these gradients in the scores has in the logits."""
-    log_p = jnp.where(_valid(plan, z), z - scores.log_sum[..., None], 0.0)
-    p = jnp.where(_valid(plan, z), jnp.exp(log_p), 0.0)
+    log_p = jnp.where(valid_ids(plan, z), z - scores.log_sum[..., None], 0.0)
+    p = jnp.where(valid_ids(plan, z), jnp.exp(log_p), 0.0)
     d_log_probs = jnp.where(_known(plan, targets), d_log_probs, 0.0)[..., None]
     d_z = jnp.where(_ids(z) == targets[..., None], d_log_probs, 0.0) - d_log_probs * p
     if support is not None and d_support is not None:
@@ -244,7 +244,8 @@ def _product(equation: str, x: Array, y: Array) -> Array:
     return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
 
 
-def _valid(plan: Plan, z: Float[Array, "R W V"]) -> Bool[Array, "1 1 V"]:
+def valid_ids(plan: Plan, z: Float[Array, "R W V"]) -> Bool[Array, "1 1 V"]:
+    """Which columns of `z` are of the tokenizer's ids."""
     return _ids(z) < plan.valid_vocab
 
 

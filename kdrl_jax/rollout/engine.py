@@ -184,8 +184,9 @@ class _Call:
         if len(self._queue):
             stop_at = slots - max(1, slots // REFILL)
         else:
-            smaller = smaller_batch(slots, slots // SHRINK, self._parts)
-            stop_at = smaller if smaller < slots and self._worth_shrinking() else 0
+            # Where a quarter would do, stop once no more than a quarter runs.
+            fewer = self._enough_slots(slots // SHRINK)
+            stop_at = fewer if fewer < slots else 0
         args = (self._weights, self._slots, self._sampling, self._put(np.int32(stop_at)))
         self._slots, self._chunk = self._engine._decode(*args)
 
@@ -261,9 +262,7 @@ class _Call:
         """Enough cache columns for the next chunk, and no many more slots than are in use."""
         engine, taken, slots = self._engine, self._seats.taken, len(self._seats.request)
         window = choose_window(engine._windows, self._seats.longest + engine._chunk)
-        fewer = slots
-        if not len(self._queue) and self._worth_shrinking():
-            fewer = smaller_batch(slots, len(taken), self._parts)
+        fewer = self._enough_slots(len(taken))
         if fewer == slots and window <= self._window:
             return
         rows = np.arange(slots)
@@ -273,15 +272,13 @@ class _Call:
         self._window = window
         self._slots = engine._fit(self._slots, self._put(rows.astype(np.int32)), window=window)
 
-    def _worth_shrinking(self) -> bool:
-        """Whether so much may still be drawn that another program pays."""
-        asked = self._seats.request[self._seats.taken]
-        left = self._limits[asked] - self._lengths[asked]
-        return bool(left.max(initial=0) > 2 * self._engine._chunk)
-
-    @property
-    def _parts(self) -> int:
-        return batch_parts(self._engine.mesh)
+    def _enough_slots(self, running: int) -> int:
+        """How many slots to keep for `running` requests: fewer only where that may pay."""
+        slots, asked = len(self._seats.request), self._seats.request[self._seats.taken]
+        left = (self._limits[asked] - self._lengths[asked]).max(initial=0)
+        if len(self._queue) or left <= 2 * self._engine._chunk:
+            return slots
+        return smaller_batch(slots, running, batch_parts(self._engine.mesh))
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, replicated(self._engine.mesh))
