@@ -32,7 +32,9 @@ def model(**overrides) -> ConfigDict:
     c.sft.task = ""  # whose worked solutions; "": data.task
     c.sft.problems = 20_000  # drawn from the task
     c.sft.seed = 0
-    c.dtype = "bfloat16"  # of activations and matmuls; softmax, norms and logits are float32
+    # float32 | bfloat16, of activations and matmuls; softmax, norms and logits are float32. A
+    # teacher may also be int8: bfloat16 with the weights of its layers kept in 8 bits.
+    c.dtype = "bfloat16"
     c.remat = "full"  # what the backward pass recomputes: none | dots | full
     c.update(overrides)
     return c
@@ -87,6 +89,7 @@ def get_config() -> ConfigDict:
     # --- models --------------------------------------------------------------------------------
     c.student = model()
     c.teacher = model(remat="none")
+    c.teacher.offload = False  # its weights wait in host memory while they are not used
     c.tokenizer = ""  # folder; "": the student's
     c.mesh = mesh()
     c.teacher_mesh = mesh()  # the teacher's own layout over the same devices
@@ -120,6 +123,7 @@ def get_config() -> ConfigDict:
     # Requests that decode at once, over all devices; a request that ends leaves its slot to the
     # next. Changes memory and speed, not results. 0: all of a rollout batch, fewer as they end.
     c.rollout.slots = 0
+    c.rollout.dtype = ""  # "": the student's. Another one costs what mismatch/kl says
     # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at
     # most so many more rollout batches a step. For sft: groups without a right answer.
     c.rollout.refill = 0
@@ -142,6 +146,7 @@ def get_config() -> ConfigDict:
     c.optimizer.eps = 1e-8
     c.optimizer.weight_decay = 0.01
     c.optimizer.clip_norm = 1.0  # of the global gradient
+    c.optimizer.offload = False  # moments wait in host memory while no update is made
     c.mini_batches = 1  # updates per pass over a rollout batch; each takes whole groups
     c.epochs = 1  # passes over a rollout batch
     c.micro_batch = 64  # rows per forward/backward, over all devices; changes memory, not results

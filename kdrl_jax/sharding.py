@@ -116,7 +116,9 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Shardings of a TrainState: whatever mirrors a parameter is split as that parameter.
 
     Optimizer moments carry the parameter's path as the end of their own; everything else
-    (counters, scalars) is replicated.
+    (counters, scalars) is replicated. Moments are split over `data` too, which has whole copies of
+    the weights, where the sizes allow it: no copy of a moment is kept twice (ZeRO, arXiv
+    1910.02054, stage 1).
     """
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -124,10 +126,23 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
         for start in range(len(parts)):
             name = "/".join(parts[start:])
             if any(re.fullmatch(pattern, name) for pattern, _ in PARAM_RULES):
-                return NamedSharding(mesh, param_spec(name) if leaf.ndim else P())
+                spec = param_spec(name) if leaf.ndim else P()
+                return NamedSharding(mesh, spread(spec, leaf) if "opt_state" in parts else spec)
         return NamedSharding(mesh, P())
 
+    def spread(spec: P, leaf: Any) -> P:
+        axes = (
+            BATCH_AXES if part == "fsdp" and _divides(mesh, BATCH_AXES, size) else part
+            for part, size in zip(spec, leaf.shape, strict=False)
+        )
+        return P(*axes)
+
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def in_memory(kind: str, tree: Any) -> Any:
+    """Arrays in another memory of their devices: "device", or "pinned_host", their host's."""
+    return jax.device_put(tree, jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree))
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -8,6 +8,7 @@ algorithm of arXiv 2506.02208: Mesh → Data → Student and teacher → Resume 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,19 @@ from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend
 from kdrl_jax.rollout import RolloutEngine, sampling_params
 from kdrl_jax.sharding import make_mesh, put_batch
-from kdrl_jax.training.batch import rollout_rows
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
 from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
-from kdrl_jax.training.roles import build_role, check_roles, ends_differently, write_model_files
+from kdrl_jax.training.roles import (
+    build_role,
+    check_roles,
+    decoder_of,
+    ends_differently,
+    write_model_files,
+)
 from kdrl_jax.training.run import Run
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.validation import compare_for_resume, has_checkpoint, validate
@@ -71,12 +77,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     write_atomic(saved, to_json(config))
     write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
     write_model_files(workdir, shapes["student"], tokenizer)
-    student = Decoder(shapes["student"], config.student.dtype, config.student.remat)
+    student = decoder_of(config.student, shapes["student"])
     teacher = reference = None
     if sizes.method.uses_teacher:
-        model = Decoder(shapes["teacher"], config.teacher.dtype, config.teacher.remat)
+        model = decoder_of(config.teacher, shapes["teacher"])
         params = build_role("teacher", config, model, tokenizer, teacher_mesh, display)
-        teacher = Weights(model, params, teacher_mesh)
+        teacher = Weights(model, params, teacher_mesh, offload=config.teacher.offload)
     if config.reference_coef:
         params = build_role("student", config, student, tokenizer, mesh, display)
         reference = Weights(student, student.cast(params), mesh)
@@ -112,7 +118,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             mesh=where,
         )
 
-    engine = engine_of(student, mesh)
+    # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
+    dtype = ro.dtype or config.student.dtype
+    engine = engine_of(dataclasses.replace(student, dtype=dtype), mesh)
     by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
 
     # --- Resume --------------------------------------------------------------------------------
@@ -134,6 +142,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             )
         position, trend = meta["data_position"], Trend(*meta["trend"])
         display.say(f"continuing after step {start} of {config.steps}")
+    state = learner.at_rest(state)
 
     # --- Loop ----------------------------------------------------------------------------------
     book = Run(config, workdir, start, store, display, data_digest, trend)
@@ -170,7 +179,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 run.clock.lap("rollout")
 
                 beta, now = learner.beta(step, run.trend), learner.hyper(step, run.trend)
-                rows = rollout_rows(rollouts)
+                rows = learner.rows(found.rollouts)
                 scores = learner.score(state.params, rows, beta, now.temperature)
                 rewards = found.rewards  # graded by the host while the devices score
                 jax.block_until_ready(scores)

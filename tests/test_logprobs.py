@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdrl_jax.objectives import support_log_probs, token_log_probs, top_tokens
+from kdrl_jax.objectives import support_log_probs, token_log_probs, top_support, top_tokens
 from kdrl_jax.sharding import BATCH_AXES, make_mesh
 
 R, T, D, V, VALID = 3, 10, 6, 11, 9
@@ -268,6 +268,18 @@ def test_top_tokens_against_sorting(rng, k, chunk):
     np.testing.assert_allclose(log_probs, expected, rtol=1e-5, atol=1e-5)
     into = jax.grad(lambda h: top_tokens(h, head, k, temperature=TAU, valid_vocab=VALID)[1].sum())
     np.testing.assert_array_equal(into(hidden), 0.0)
+
+
+def test_top_support_is_both_in_one_pass(rng):
+    hidden, head, targets = inputs(rng)
+    targets = targets.at[0, :2].set(jnp.array([-1, VALID])) if T > 1 else targets
+    options = {"temperature": TAU, "valid_vocab": VALID, "chunk": 4}
+    log_probs, ids, of_support = top_support(hidden, head, targets, 3, **options)
+    alone, _ = token_log_probs(hidden, head, targets, **options)
+    np.testing.assert_allclose(log_probs, alone, rtol=1e-5, atol=1e-5)
+    assert np.isneginf(np.asarray(log_probs)[0, :2]).all()
+    for x, y in zip((ids, of_support), top_tokens(hidden, head, 3, **options), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 def test_top_tokens_of_equals_are_the_first(rng):

@@ -332,6 +332,25 @@ def test_other_problems_are_noticed(whole, cache, tmp_path, capsys):
     assert f"{file}: not the problems that step 1" in lines[0]
 
 
+# --- memory levers --------------------------------------------------------------------------
+
+
+def test_waiting_in_host_memory_changes_no_number(whole, cache, tmp_path):
+    changes = {"teacher.offload": True, "optimizer.offload": True, "steps": 3}
+    found = run(tmp_path / "run", cache, **changes)
+    assert found == rows(whole)[: len(found)]
+
+
+def test_small_weights_change_little_and_say_how_much(whole, cache, tmp_path):
+    plain = rows(whole)[1]
+    changes = {"teacher.dtype": "int8", "rollout.dtype": "bfloat16", "steps": 1}
+    found = run(tmp_path / "run", cache, **changes)[1]
+    assert abs(plain["mismatch/kl"]) < 1e-6
+    assert 1e-6 < abs(found["mismatch/kl"]) < 1e-3
+    assert found["kl/teacher"] == pytest.approx(plain["kl/teacher"], rel=0.2)
+    assert found["kl/teacher"] != plain["kl/teacher"]
+
+
 # --- conversion -----------------------------------------------------------------------------
 
 

@@ -10,11 +10,11 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdrl_jax.models import Decoder, ModelConfig
+from kdrl_jax.models import Decoder, ModelConfig, quantize
 from kdrl_jax.objectives import METHODS, topk_divergence
 from kdrl_jax.sharding import BATCH_AXES, make_mesh, param_shardings, put_batch, replicated
 from kdrl_jax.training.batch import build_batch, by_mini_batch, rollout_rows
-from kdrl_jax.training.learner import take_part
+from kdrl_jax.training.learner import Weights, take_part
 from kdrl_jax.training.scoring import Scorer, join_micro_batches, split_micro_batches
 from kdrl_jax.training.sft import pad_examples, supervised_batch, train_supervised
 from kdrl_jax.training.state import init_params, init_state, make_optimizer, make_schedule
@@ -471,3 +471,57 @@ def test_learning_rate_schedule() -> None:
     cosine = make_schedule(1.0, 0, "cosine", 10)
     expected = [0.5 * (1 + np.cos(np.pi * i / 10)) for i in range(11)]
     assert [float(cosine(i)) for i in range(11)] == pytest.approx(expected, abs=1e-6)
+
+
+# --- memory ---------------------------------------------------------------------------------
+
+
+def test_moments_are_split_over_data_too() -> None:
+    """AdamW on a mesh with whole copies of the weights: the same update, no moment kept twice."""
+    mesh, optimizer = make_mesh(4, 1, 2), optax.adamw(1e-2)
+    results = []
+    for where in (ONE_DEVICE, mesh):
+        update = make_update(MODEL, optimizer, where, micro_batches=1, valid_vocab=VALID, chunk=4)
+        state = init_state(init_params(MODEL, jax.random.key(0), where), optimizer, where)
+        for _ in range(2):
+            state, _ = update(state, put_batch(where, make_batch()), hyper(where))
+        results.append(jax.device_get((state.params, state.opt_state)))
+    assert_same(*results, tolerance=2e-5)
+    kernel = state.params["layers"]["mlp"]["up_proj"]["kernel"]
+    moment = state.opt_state[0].mu["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kernel.sharding.spec == P(None, "fsdp", "tensor")
+    assert moment.sharding.spec == P(None, ("data", "fsdp"), "tensor")
+    assert 4 * moment.addressable_shards[0].data.size == kernel.addressable_shards[0].data.size
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, make_mesh(2, 2, 2)], ids=["1", "2x2x2"])
+def test_weights_wait_in_host_memory(mesh) -> None:
+    params = init_params(MODEL, jax.random.key(0), mesh)
+    teacher = Weights(MODEL, params, mesh, offload=True)
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(teacher._params)}
+    assert kinds == {"pinned_host"}
+    for x, y in zip(jax.tree.leaves(teacher.params), jax.tree.leaves(params), strict=True):
+        assert x.sharding == y.sharding
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("mesh", [ONE_DEVICE, make_mesh(2, 2, 2)], ids=["1", "2x2x2"])
+def test_weights_in_8_bits_score_alike(mesh) -> None:
+    params = init_params(MODEL, jax.random.key(5), mesh)
+    small = quantize(params)
+    kernel, kept = params["layers"]["mlp"]["up_proj"], small["layers"]["mlp"]["up_proj"]["kernel"]
+    assert kept.values.dtype == jnp.int8
+    error = np.abs(kept.values * np.asarray(kept.scale) - np.asarray(kernel["kernel"]))
+    assert (error <= 0.5001 * np.asarray(kept.scale)).all()
+    assert small["embed"]["embedding"].dtype == params["embed"]["embedding"].dtype
+    scorer = Scorer(MODEL, mesh, ONE_DEVICE, rows=4, valid_vocab=VALID, chunk=3)
+    rows = jax.device_get(rollout_rows(rollouts()))
+    plain, rounded = (scorer.log_probs(p, rows, T, jnp.float32(1.0)) for p in (params, small))
+    assert 0 < np.abs(plain - rounded).max() < 0.1
+    assert np.abs(plain - rounded).mean() < 0.02
+    whole = jax.jit(MODEL.unstack)(small)  # as decoding reads them
+    np.testing.assert_allclose(
+        whole["layers"][1]["mlp"]["up_proj"]["kernel"],
+        kept.values[1] * np.asarray(kept.scale)[1],
+        rtol=1e-6,
+    )

@@ -2,6 +2,7 @@
 
 from kdrl_jax.models.config import ModelConfig, RopeScaling
 from kdrl_jax.models.hf import load_config, load_eos_ids, load_hf, save_hf
+from kdrl_jax.models.int8 import quantize
 from kdrl_jax.models.qwen import REMAT, Decoder
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "load_config",
     "load_eos_ids",
     "load_hf",
+    "quantize",
     "save_hf",
 ]

@@ -20,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from kdrl_jax.models.attention import attend, attend_cached
 from kdrl_jax.models.config import ModelConfig
+from kdrl_jax.models.int8 import dequantize
 from kdrl_jax.models.layers import MLP, AttentionProjections, RMSNorm, einsum, rope_angles
 from kdrl_jax.sharding import constrain, constrain_weight, path_name
 from kdrl_jax.types import KVCache, Params, UserError
@@ -153,7 +154,8 @@ class Decoder:
         def whole(path: Any, x: Array) -> Array:
             return constrain_weight(path_name(path), x)
 
-        params = jax.tree_util.tree_map_with_path(whole, self.cast(params))
+        params = self.cast(dequantize(params, self.dtype))
+        params = jax.tree_util.tree_map_with_path(whole, params)
         stack = params["layers"]
         layers = [jax.tree.map(lambda x, y=y: x[y], stack) for y in range(self.config.num_layers)]
         return {**params, "layers": layers}
@@ -279,6 +281,7 @@ class Decoder:
         return einsum("...D,VD->...V", hidden, self.head(params), jnp.float32)
 
     def _layer(self, weights: Params, x: Array, rope: tuple[Array, Array], attend: Attend) -> Any:
+        weights = dequantize(weights, self.dtype)  # one layer at a time
         layer = nnx.merge(_graph(DecoderLayer, (self.config,)), weights)
         return layer(x, rope, attend)
 

@@ -26,7 +26,12 @@ from kdrl_jax.objectives.distributions import SUPPORTS, full_divergence, topk_di
 from kdrl_jax.objectives.divergences import DISTRIBUTION_ESTIMATORS, ESTIMATORS, estimator
 from kdrl_jax.objectives.fused import TokenScores, fused_loss
 from kdrl_jax.objectives.kdrl import kdrl_loss
-from kdrl_jax.objectives.logprobs import support_log_probs, token_log_probs, top_tokens
+from kdrl_jax.objectives.logprobs import (
+    support_log_probs,
+    token_log_probs,
+    top_support,
+    top_tokens,
+)
 from kdrl_jax.objectives.methods import METHODS, Method
 from kdrl_jax.objectives.policy import clipped_surrogate, importance_ratio, mismatch_kl
 from kdrl_jax.objectives.rewards import overlong_penalty, shaped_rewards
@@ -69,6 +74,7 @@ __all__ = [
     "support_log_probs",
     "token_log_probs",
     "token_weights",
+    "top_support",
     "top_tokens",
     "topk_divergence",
     "trrd_loss",

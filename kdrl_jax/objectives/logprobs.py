@@ -119,23 +119,65 @@ def top_tokens(
     Raises:
       ValueError: as `token_log_probs`, or k is out of range.
     """
+    targets = jnp.zeros(jnp.shape(hidden)[:2], jnp.int32)
+    _, ids, log_probs = top_support(
+        hidden,
+        head,
+        targets,
+        k,
+        temperature=temperature,
+        valid_vocab=valid_vocab,
+        chunk=chunk,
+    )
+    return ids, log_probs
+
+
+def top_support(
+    hidden: Float[Array, "R T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "R T"],
+    k: int,
+    *,
+    temperature: float | Float[Array, ""],
+    valid_vocab: int,
+    chunk: int = 512,
+) -> tuple[Float[Array, "R T"], Int[Array, "R T K"], Float[Array, "R T K"]]:
+    """`token_log_probs` of the targets and `top_tokens` from the same logits.
+
+    Args:
+      hidden, head, targets, temperature, valid_vocab, chunk: as of `token_log_probs`.
+      k: as of `top_tokens`.
+
+    Returns:
+      (log_probs float32 `[R, T]`, ids int32 `[R, T, K]`, their log_probs float32), K = k. No
+      gradient.
+
+    Raises:
+      ValueError: as `token_log_probs`, or k is out of range.
+    """
     plan, scale = make_plan(
         hidden, head, temperature=temperature, valid_vocab=valid_vocab, chunk=chunk
     )
+    require_shape(hidden.shape[:2], "hidden's [R, T]", targets=targets)
     if not 0 < k <= valid_vocab:
         raise ValueError(f"k: {k} found; must be from 1 to valid_vocab={valid_vocab}")
     hidden, head = jax.lax.stop_gradient((hidden, head))
     compute_head = in_compute_dtype(head, hidden)
 
-    def body(_: None, hidden: Array) -> tuple[None, tuple[Array, Array]]:
+    def body(_: None, xs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array, Array]]:
+        hidden, targets = xs
         z = chunk_logits(plan, hidden, compute_head, scale)
         values, ids = jax.lax.top_k(z, k)
         log_sum = jax.nn.logsumexp(z, axis=-1, keepdims=True)
-        return None, (ids.astype(jnp.int32), values - log_sum)
+        found = jnp.take_along_axis(z, jnp.clip(targets, 0, z.shape[-1] - 1)[..., None], axis=-1)
+        log_probs = jnp.where(_known(plan, targets), (found - log_sum)[..., 0], -jnp.inf)
+        return None, (log_probs, ids.astype(jnp.int32), values - log_sum)
 
-    with jax.named_scope("top_tokens"):
-        _, (ids, log_probs) = jax.lax.scan(body, None, cut(plan, hidden))
-        return join(ids, hidden.shape[1]), join(log_probs, hidden.shape[1])
+    with jax.named_scope("top_support"):
+        xs = (cut(plan, hidden), cut(plan, targets))
+        _, found = jax.lax.scan(body, None, xs)
+        log_probs, ids, of_support = (join(x, hidden.shape[1]) for x in found)
+    return log_probs, ids, of_support
 
 
 class LogitScores(NamedTuple):

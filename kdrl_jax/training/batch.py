@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +24,35 @@ Overlong = tuple[int, float]
 """Tokens of the budget that are punished, and the punishment at its end."""
 
 
-class Rows(NamedTuple):
-    """Token rows: a left-padded prompt, then its completion."""
+class Packing(NamedTuple):
+    """Where B rollouts are in rows that several may share.
 
-    tokens: Int[Array, "B L"]
-    positions: Int[Array, "B L"]
-    segment_ids: Int[Array, "B L"]
+    Column l of a row has what is said of token l + 1, as in all per-token arrays `[B, L − 1]`.
+    """
+
+    sources: Int[Any, "B L-1"]
+    """Which token of the flat completions `[B·T]` a column is about; −1: of none."""
+    places: Int[Any, "B T"]
+    """Which of the flat columns `[B·(L − 1)]` is about a token; 0 beyond the completions."""
+    used: Int[Any, ""]
+    """Micro-batches of each mini-batch that have anything in them: the first ones."""
+
+    def lay(self, x: Array) -> Array:
+        """`[B, T]` of completions → `[B, L − 1]` of rows, 0 in between."""
+        return jnp.where(self.sources >= 0, x.reshape(-1)[jnp.maximum(self.sources, 0)], 0)
+
+    def collect(self, x: Array) -> Array:
+        """The inverse of `lay`, for the tokens of completions."""
+        return x.reshape(-1)[self.places]
+
+
+class Rows(NamedTuple):
+    """Token rows: each a left-padded prompt and its completion, or several of these packed."""
+
+    tokens: Int[Any, "B L"]
+    positions: Int[Any, "B L"]
+    segment_ids: Int[Any, "B L"]
+    packing: Packing | None = None
 
 
 def prompt_layout(
@@ -67,18 +89,27 @@ def rollout_rows(rollouts: Rollouts) -> Rows:
         rollouts.tokens.reshape(p * g, t),
         rollouts.lengths.reshape(p * g),
     )
-    return Rows(*(constrain(x, "batch", None) for x in rows))
+    tokens, positions, segment_ids = (constrain(x, "batch", None) for x in rows[:3])
+    return Rows(tokens, positions, segment_ids)
 
 
 def by_mini_batch(x: Array, groups: int, count: int) -> Array:
     """`[B, …]` of `groups` groups → `[count, B / count, …]`, each part of whole groups.
 
-    Strided over the groups, so that each device keeps the rows it has.
+    Strided over the groups, so that each device keeps the rows it has. Packed rows are groups of
+    one.
     """
     size, rest = x.shape[0] // groups, x.shape[1:]
     x = x.reshape(groups // count, count, size, *rest).swapaxes(0, 1)
     x = x.reshape(count, groups // count * size, *rest)
     return constrain(x, None, "batch", *(None,) * len(rest))
+
+
+def join_mini_batches(x: Array, groups: int) -> Array:
+    """The inverse of `by_mini_batch`."""
+    count, size, rest = x.shape[0], x.shape[0] * x.shape[1] // groups, x.shape[2:]
+    x = x.reshape(count, groups // count, size, *rest).swapaxes(0, 1)
+    return constrain(x.reshape(groups * size, *rest), "batch", *(None,) * len(rest))
 
 
 def build_batch(
@@ -102,6 +133,7 @@ def build_batch(
     """Fill the slots of the objective. Jit it with everything but the arrays bound.
 
     Args:
+      rows: what `scores` are of.
       rewards: 0 or 1 for each rollout.
       scores: see `Scores`; without teacher log-probs nothing is distilled.
       beta: β, used here by reward shaping alone.
@@ -119,19 +151,21 @@ def build_batch(
       M parts, so each makes an update of its own.
     """
     p, g, t = rollouts.tokens.shape
+    packing = rows.packing
     lengths, finish = rollouts.lengths.reshape(p * g), rollouts.finish_reason.reshape(p * g)
     outcomes = rewards.reshape(p * g)
     mask = jnp.arange(t)[None, :] < lengths[:, None]
-    teacher, judged = scores.teacher_log_probs, jnp.ones_like(mask)
-    if teacher is not None and mask_final_eos:
+    judged = jnp.ones_like(mask)
+    if mask_final_eos:
         last = jnp.arange(t)[None, :] == (lengths - 1)[:, None]
         judged = ~(last & (finish == FINISH_EOS)[:, None])
-        teacher = jnp.where(judged, teacher, jnp.nan)
 
-    sampler = rollouts.log_probs.reshape(p * g, t)
+    sampler, teacher = rollouts.log_probs.reshape(p * g, t), scores.teacher_log_probs
     rewards = rewards + overlong_penalty(rollouts.lengths, max_new_tokens, *overlong)
     if method.shaped and teacher is not None:
-        rewards = shaped_rewards(rewards, sampler, teacher, mask, beta)
+        heard = teacher if packing is None else packing.collect(teacher)
+        heard = jnp.where(judged, heard, jnp.nan)
+        rewards = shaped_rewards(rewards, sampler, heard, mask, beta)
     advantages = group_advantages(rewards, scale=scale, baseline=baseline) * float(method.policy)
     if method.supervised:
         advantages = jnp.ones_like(rewards)
@@ -139,27 +173,34 @@ def build_batch(
     if mask_truncated:
         mask &= (finish == FINISH_EOS)[:, None]
 
-    flat = TrainBatch(
-        tokens=rows.tokens,
-        positions=rows.positions,
-        segment_ids=rows.segment_ids,
-        sampler_log_probs=sampler,
-        old_log_probs=scores.old_log_probs,
-        teacher_log_probs=teacher,
-        advantages=jnp.broadcast_to(advantages.reshape(p * g, 1), (p * g, t)),
-        weights=mask.astype(jnp.float32),
-        kd_weights=judged.astype(jnp.float32) * float(method.kd and teacher is not None),
-        reference_log_probs=scores.reference_log_probs,
-        support=scores.support,
-        support_log_probs=scores.support_log_probs,
-        teacher_hidden=scores.teacher_hidden,
-    )
-
     def weigh(mask: Array, outcomes: Array) -> tuple[Array, Array]:
         groups = jnp.repeat(jnp.arange(p // mini_batches), g)
         weights = token_weights(mask, groups, aggregation, max_length=max_new_tokens)
         return weights, kd_weights(weights, outcomes, groups, kd_mask)
 
-    parts, of_parts = jax.tree.map(lambda x: by_mini_batch(x, p, mini_batches), (flat, outcomes))
-    weights, distilled = jax.vmap(weigh)(parts.weights, of_parts)
-    return dataclasses.replace(parts, weights=weights, kd_weights=parts.kd_weights * distilled)
+    parts = (by_mini_batch(x, p, mini_batches) for x in (mask.astype(jnp.float32), outcomes))
+    weights, distilled = (join_mini_batches(x, p) for x in jax.vmap(weigh)(*parts))
+    distilled *= judged * float(method.kd and teacher is not None)
+
+    def lay(x: Array) -> Array:
+        return x if packing is None else packing.lay(x)
+
+    if teacher is not None and mask_final_eos:
+        teacher = jnp.where(lay(~judged), jnp.nan, teacher)
+    batch = TrainBatch(
+        tokens=rows.tokens,
+        positions=rows.positions,
+        segment_ids=rows.segment_ids,
+        sampler_log_probs=lay(sampler),
+        old_log_probs=scores.old_log_probs,
+        teacher_log_probs=teacher,
+        advantages=lay(jnp.broadcast_to(advantages.reshape(p * g, 1), (p * g, t))),
+        weights=lay(weights),
+        kd_weights=lay(distilled),
+        reference_log_probs=scores.reference_log_probs,
+        support=scores.support,
+        support_log_probs=scores.support_log_probs,
+        teacher_hidden=scores.teacher_hidden,
+    )
+    groups = p if packing is None else p * g
+    return jax.tree.map(lambda x: by_mini_batch(x, groups, mini_batches), batch)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,8 +16,9 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend, beta_schedule, phase_schedule
-from kdrl_jax.sharding import put_batch, replicated
-from kdrl_jax.training.batch import Rows, build_batch
+from kdrl_jax.sharding import in_memory, put_batch, replicated
+from kdrl_jax.training.batch import Rows, build_batch, rollout_rows
+from kdrl_jax.training.packing import pack_rows
 from kdrl_jax.training.scoring import Scorer
 from kdrl_jax.training.step import Hyper, Metrics, Objective, make_hyper, make_update
 from kdrl_jax.training.validation import Sizes
@@ -24,10 +26,20 @@ from kdrl_jax.types import Params, Rollouts, Scores, TrainBatch, TrainState
 
 
 class Weights:
-    """A frozen model: its decoder, its weights and the mesh they are on."""
+    """A frozen model: its decoder, its weights and the mesh they are on.
 
-    def __init__(self, model: Decoder, params: Params, mesh: Mesh):
-        self.model, self.params, self.mesh = model, params, mesh
+    Args:
+      offload: keep the weights in the hosts' memory between uses.
+    """
+
+    def __init__(self, model: Decoder, params: Params, mesh: Mesh, *, offload: bool = False):
+        self.model, self.mesh, self._offload = model, mesh, offload
+        self._params = in_memory("pinned_host", params) if offload else params
+
+    @property
+    def params(self) -> Params:
+        """The weights in device memory, as long as somebody holds them."""
+        return in_memory("device", self._params) if self._offload else self._params
 
 
 class Learner:
@@ -59,7 +71,8 @@ class Learner:
         head = {"valid_vocab": valid_vocab, "chunk": config.logprob_chunk}
 
         def scorer(model: Decoder, where: Mesh) -> Scorer:
-            return Scorer(model, where, mesh, rows=config.micro_batch, **head)
+            sizes_of = {"rows": config.micro_batch, "mini_batches": config.mini_batches}
+            return Scorer(model, where, mesh, **sizes_of, **head)
 
         self._of_student = scorer(student, mesh)
         self._of_teacher = teacher and scorer(teacher.model, teacher.mesh)
@@ -120,6 +133,21 @@ class Learner:
             **{key: c[key] for key in ("reference_coef", "tis_cap")},
         )
 
+    def rows(self, rollouts: Rollouts) -> Rows:
+        """What models are to read of a step's rollouts, on the devices.
+
+        Packed where an update takes several micro-batches: with a single one all rows are
+        computed anyway.
+
+        Args:
+          rollouts: host arrays.
+        """
+        c = self._config
+        if self._sizes.micro_batches == 1:
+            return rollout_rows(put_batch(self._mesh, rollouts))
+        packed = pack_rows(rollouts, mini_batches=c.mini_batches, micro_batch=c.micro_batch)
+        return put_batch(self._mesh, packed)
+
     def score(self, params: Params, rows: Rows, beta: float, heat: Float[Array, ""]) -> Scores:
         """What the step's loss will compare with; does not wait for it.
 
@@ -130,7 +158,11 @@ class Learner:
           params: the student's, before the step's first update.
           heat: the temperature of the log-probs.
         """
-        length, method = self._config.rollout.max_new_tokens, self._sizes.method
+        method = self._sizes.method
+        # Packed rows have completions anywhere, padded ones in their last columns.
+        length = self._config.rollout.max_new_tokens
+        if rows.packing is not None:
+            length = rows.tokens.shape[1] - 1
         old = support = of_support = hidden = reference = scored = None
         asked = method.ratio == "trrd" or beta > 0
         teacher = self._teacher if method.scores and asked else None
@@ -179,13 +211,24 @@ class Learner:
         rewards_there = put_batch(self._mesh, rewards)
         batch = self._fill_slots(rows, rollouts, rewards_there, scores, hyper.beta)
         head = self._teacher_head if scores.teacher_hidden is not None else None
+        used = rows.packing.used if rows.packing is not None else None
         found = []
+        if self._config.optimizer.offload:
+            opt_state = in_memory("device", state.opt_state)
+            state = dataclasses.replace(state, opt_state=opt_state)
         for _ in range(self._config.epochs):
             for index in range(self._config.mini_batches):
                 part = take_part(batch, index)
-                state, metrics = self._update(state, part, hyper, head)
+                state, metrics = self._update(state, part, hyper, head, used)
                 found.append(metrics)
-        return state, found[0] if len(found) == 1 else _mean(found)
+        return self.at_rest(state), found[0] if len(found) == 1 else _mean(found)
+
+    def at_rest(self, state: TrainState) -> TrainState:
+        """A state as it is kept between updates: by option with its moments in host memory."""
+        if not self._config.optimizer.offload:
+            return state
+        moments = in_memory("pinned_host", state.opt_state)
+        return dataclasses.replace(state, opt_state=moments)
 
 
 @functools.partial(jax.jit, static_argnums=1)

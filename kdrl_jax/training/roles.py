@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
-from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf
+from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf, quantize
 from kdrl_jax.sharding import param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
@@ -67,6 +67,12 @@ def model_config(role: ConfigDict, tokenizer: Tokenizer, window: int) -> ModelCo
         max_positions=window,
         model_type=shape.model_type,
     )
+
+
+def decoder_of(role: ConfigDict, shape: ModelConfig) -> Decoder:
+    """The decoder of a role; weights in 8 bits compute in bfloat16."""
+    dtype = "bfloat16" if role.dtype == "int8" else role.dtype
+    return Decoder(shape, dtype, role.remat)
 
 
 def check_roles(
@@ -136,12 +142,13 @@ def build_role(
     role = config[name]
     shardings = param_shardings(mesh, model.shapes())
     # Float32 master weights to train; a teacher that only scores has its compute dtype.
-    final = jnp.dtype("float32" if name == "student" else role.dtype)
+    final = jnp.dtype("float32" if name == "student" else model.dtype)
     dtype = jnp.dtype("float32") if role.sft.steps else final
+    keep_small = quantize if role.dtype == "int8" else lambda params: params
     kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config, tokenizer)}"
     if role.sft.steps and kept.is_dir():
         display.say(f"{name}: from {kept}")
-        return restore_params(kept, abstract_params(model, shardings, final))
+        return keep_small(restore_params(kept, abstract_params(model, shardings, final)))
     if not role.path:
         params = init_params(model, jax.random.key(role.sft.seed), mesh)
     elif (Path(role.path) / "checkpoints").is_dir():
@@ -151,7 +158,7 @@ def build_role(
     if role.sft.steps:
         params = _fine_tune(name, config, model, params, tokenizer, mesh, display)
         keep_model(kept, model.config, tokenizer, lambda folder: save_params(folder, params))
-    return jax.tree.map(lambda x: x.astype(final), params)
+    return keep_small(jax.tree.map(lambda x: x.astype(final), params))
 
 
 def ends_differently(config: ConfigDict, tokenizer: Tokenizer) -> bool:
@@ -166,7 +173,7 @@ def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> st
 
     Two worked solutions stand for the task's code, the vocabulary for the tokenizer's.
     """
-    parts: list[Any] = [{k: v for k, v in role.to_dict().items() if k != "remat"}]
+    parts: list[Any] = [{k: v for k, v in role.to_dict().items() if k not in ("remat", "offload")}]
     keys = ("task", "task_args", "prompt_style", "max_prompt_tokens", "seed")
     parts.append({k: config.data.to_dict()[k] for k in keys})
     if role.sft.steps:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from kdrl_jax.objectives import support_log_probs, token_log_probs, top_tokens
-from kdrl_jax.sharding import BATCH_AXES, constrain
+from kdrl_jax.objectives import support_log_probs, token_log_probs, top_support
+from kdrl_jax.sharding import BATCH_AXES, constrain, replicated
 from kdrl_jax.training.batch import Rows
 from kdrl_jax.types import Params
 
@@ -18,8 +20,8 @@ from kdrl_jax.types import Params
 class Scorer:
     """A forward pass a few rows at a time; never [rows, length, vocab].
 
-    All methods return arrays that are still being computed. `temperature` divides the logits, as
-    it does the student's in the loss.
+    All methods return arrays that are still being computed, 0 for packed rows that are not in use.
+    `temperature` divides the logits, as it does the student's in the loss.
 
     Args:
       model: the decoder.
@@ -28,6 +30,7 @@ class Scorer:
       rows: how many rows one forward holds; must divide the rows given.
       valid_vocab: ids the tokenizer knows; the softmax is over these.
       chunk: tokens whose logits a device holds at once.
+      mini_batches: into which packed rows are divided.
     """
 
     def __init__(
@@ -39,8 +42,10 @@ class Scorer:
         rows: int,
         valid_vocab: int,
         chunk: int,
+        mini_batches: int = 1,
     ):
         self.model, self.mesh, self._rows = model, mesh, rows
+        self._mini_batches = mini_batches
         self._home = NamedSharding(home or mesh, P(BATCH_AXES))
         self._head = {"valid_vocab": valid_vocab, "chunk": chunk}
         self._log_probs_of = self._mapped(self._token_log_probs)
@@ -78,7 +83,7 @@ class Scorer:
         return self._run(self._hidden_of, params, rows, (), length, temperature)
 
     def _states(self, params: Params, rows: Rows, t: int) -> Array:
-        return self.model.apply(params, *rows)[:, -t - 1 : -1]
+        return self.model.apply(params, *rows[:3])[:, -t - 1 : -1]
 
     def _token_log_probs(self, params: Params, rows: Rows, t: int, heat: Array) -> Array:
         hidden, targets = self._states(params, rows, t), rows.tokens[:, -t:]
@@ -97,10 +102,9 @@ class Scorer:
     def _top_support(
         self, params: Params, rows: Rows, t: int, heat: Array, k: int
     ) -> tuple[Array, Array, Array]:
-        hidden, targets, head = self._states(params, rows, t), rows.tokens[:, -t:], self.model.head
-        options: dict[str, Any] = {"temperature": heat, **self._head}
-        log_probs, _ = token_log_probs(hidden, head(params), targets, **options)
-        return log_probs, *top_tokens(hidden, head(params), k, **options)
+        hidden, targets = self._states(params, rows, t), rows.tokens[:, -t:]
+        head = self.model.head(params)
+        return top_support(hidden, head, targets, k, temperature=heat, **self._head)
 
     def _hidden_states(
         self, params: Params, rows: Rows, t: int, heat: Array
@@ -113,10 +117,25 @@ class Scorer:
     def _mapped(self, forward: Any, static: str | None = None) -> Any:
         """`forward` over groups of rows, jitted."""
 
-        def score(params: Params, all_rows: Any, heat: Array, t: int, **options: int) -> Any:
+        def score(
+            params: Params, all_rows: Any, used: Array, heat: Array, t: int, **options: int
+        ) -> Any:
             count = all_rows[0].tokens.shape[0] // self._rows
             micro = split_micro_batches(all_rows, count)
-            out = jax.lax.map(lambda r: forward(params, *r, t, heat, **options), micro)
+
+            def one(index: Array | int) -> Any:
+                return forward(params, *jax.tree.map(lambda x: x[index], micro), t, heat, **options)
+
+            def write(index: Array, out: Any) -> Any:
+                return jax.tree.map(lambda all, x: all.at[index].set(x), out, one(index))
+
+            def empty(x: Any) -> Array:
+                return constrain(
+                    jnp.zeros((count, *x.shape), x.dtype), None, "batch", *[None] * (x.ndim - 1)
+                )
+
+            out = jax.tree.map(empty, jax.eval_shape(one, 0))
+            out = jax.lax.fori_loop(0, used * self._mini_batches, write, out)
             return jax.tree.map(join_micro_batches, out)
 
         return jax.jit(score, static_argnames=["t", *([static] if static else [])])
@@ -132,10 +151,13 @@ class Scorer:
         **options: int,
     ) -> Any:
         """Move the rows to the weights' mesh, score them there, and move the result home."""
-        moved = jax.device_put((rows, *more), NamedSharding(self.mesh, P(BATCH_AXES)))
-        heat = jax.device_put(temperature, NamedSharding(self.mesh, P()))
+        passes = np.int32(len(rows.tokens) // self._rows // self._mini_batches)
+        used = passes if rows.packing is None else rows.packing.used
+        plain = rows._replace(packing=None)
+        moved = jax.device_put((plain, *more), NamedSharding(self.mesh, P(BATCH_AXES)))
+        numbers = jax.device_put((used, temperature), replicated(self.mesh))
         with jax.set_mesh(self.mesh):
-            out = score(params, moved, heat, t=length, **options)
+            out = score(params, moved, *numbers, t=length, **options)
         return jax.device_put(out, self._home)
 
 

@@ -115,7 +115,7 @@ def supervised_batch(
     mask = jnp.arange(t)[None, :] < lengths[:, None]
     zeros = jnp.zeros((n, t), jnp.float32)
     return TrainBatch(
-        *rows,
+        *rows[:3],
         sampler_log_probs=zeros,
         old_log_probs=None,
         teacher_log_probs=None,

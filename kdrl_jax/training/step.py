@@ -105,11 +105,11 @@ def make_update(
     valid_vocab: int,
     chunk: int,
 ) -> Update:
-    """`update(state, batch, hyper, teacher_head=None) -> (state, metrics)`, jitted.
+    """`update(state, batch, hyper, teacher_head=None, used=None) -> (state, metrics)`, jitted.
 
     `state` is donated. The batch's weights carry all normalisation, so the loss is a sum over
     tokens: gradients and metrics of the micro-batches add up, and how many there are changes
-    nothing but memory.
+    nothing but memory. Only the first `used` ones are run, where that is given.
 
     Args:
       objective: see `Objective`.
@@ -158,21 +158,30 @@ def make_update(
         )
 
     def update(
-        state: TrainState, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None
+        state: TrainState,
+        batch: TrainBatch,
+        hyper: Hyper,
+        teacher_head: Array | None,
+        used: Array | None,
     ) -> tuple[TrainState, Metrics]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
-
-        def accumulate(carry: Any, micro: TrainBatch) -> tuple[Any, None]:
-            new = grad_fn(state.params, micro, hyper, teacher_head)
-            return jax.tree.map(jnp.add, carry, new), None
-
         micro = split_micro_batches(batch, micro_batches)
-        first = jax.tree.map(lambda x: x[0], micro)
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros(x.shape, x.dtype),
-            jax.eval_shape(grad_fn, state.params, first, hyper, teacher_head),
-        )
-        (grads, metrics), _ = jax.lax.scan(accumulate, zeros, micro)
+
+        def gradients(index: Array | int) -> tuple[Params, Metrics]:
+            part = jax.tree.map(lambda x: x[index], micro)
+            return grad_fn(state.params, part, hyper, teacher_head)
+
+        def accumulate(index: Array, sums: Any) -> Any:
+            return jax.tree.map(jnp.add, sums, gradients(index))
+
+        if micro_batches == 1:
+            grads, metrics = gradients(0)
+        else:
+            zeros = jax.tree.map(
+                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, 0)
+            )
+            passes = micro_batches if used is None else used
+            grads, metrics = jax.lax.fori_loop(0, passes, accumulate, zeros)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics["gradient/norm"] = optax.global_norm(grads)
@@ -182,13 +191,17 @@ def make_update(
     jitted: dict[str, Any] = {}
 
     def run(
-        state: TrainState, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None = None
+        state: TrainState,
+        batch: TrainBatch,
+        hyper: Hyper,
+        teacher_head: Array | None = None,
+        used: Array | None = None,
     ) -> tuple[TrainState, Metrics]:
         if "update" not in jitted:  # the state's own shardings are those that come out
             shardings = state_shardings(mesh, state)
             jitted["update"] = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
         with jax.set_mesh(mesh):
-            return jitted["update"](state, batch, hyper, teacher_head)
+            return jitted["update"](state, batch, hyper, teacher_head, used)
 
     return run
 

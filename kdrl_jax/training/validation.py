@@ -45,7 +45,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "optimizer.schedule": ("constant", "cosine"),
     "data.prompt_style": tuple(PROMPT_STYLES),
     "data.on_bad": ("raise", "drop"),
-    **{f"{role}.dtype": ("float32", "bfloat16") for role in ROLES},
+    "student.dtype": ("float32", "bfloat16"),
+    "teacher.dtype": ("float32", "bfloat16", "int8"),
+    "rollout.dtype": ("", "float32", "bfloat16"),
     **{f"{role}.remat": tuple(REMAT) for role in ROLES},
     **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ROLES},
 }
@@ -78,6 +80,7 @@ _POSITIVE = (
 RESUMABLE_CHANGES = (
     *("steps", "checkpoint.", "samples.", "mesh.", "teacher_mesh.", "cache_dir", "micro_batch"),
     *("reward.workers", "logprob_chunk", "rollout.slots"),
+    *("optimizer.offload", "teacher.offload"),
 )
 
 
