@@ -158,14 +158,6 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec)
 
 
-def constrain_weight(name: str, x: jax.Array) -> jax.Array:
-    """Shard a parameter as `param_spec(name)` says, but whole on `fsdp`: as products use it."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return x
-    spec = P(*(None if part == "fsdp" else part for part in param_spec(name)))
-    return jax.lax.with_sharding_constraint(x, spec)
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())

@@ -1,9 +1,12 @@
 """Collecting the rollouts of a step: order, lazy grading and dynamic sampling."""
 
+from concurrent.futures import Future
+
 import numpy as np
 import pytest
 
 from kdrl_jax.data import PromptBatches
+from kdrl_jax.rollout import Finished
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.types import FINISH_EOS, Problem, Rollouts, Verdict
 
@@ -20,7 +23,9 @@ class Engine:
     def __init__(self):
         self.widths, self.expected = [], []
 
-    def generate(self, params, prompts, keys, sampling, *, expected_lengths, meanwhile):
+    def generate(
+        self, params, prompts, keys, sampling, *, expected_lengths, meanwhile, on_finished
+    ):
         assert keys.shape == (P, G)
         self.expected.append(expected_lengths)
         self.widths.append(prompts.tokens.shape[1])
@@ -28,6 +33,9 @@ class Engine:
         tokens = np.zeros((P, G, T), np.int32)
         tokens[..., 0] = prompts.tokens[:, -1:]
         tokens[..., 1] = np.arange(G)
+        order = np.random.default_rng(0).permutation(P * G)
+        for part in (order[:3], order[3:]):  # in any order, at any time
+            on_finished([Finished(n, tokens.reshape(-1, T)[n, :-1]) for n in part])
         return Rollouts(
             prompt_tokens=prompts.tokens,
             prompt_lengths=prompts.lengths,
@@ -51,8 +59,13 @@ class Grader:
     def __init__(self, right):
         self.right, self.calls = right, 0
 
-    def grade(self, texts, answers, metas):
+    def submit(self, texts, answers, metas):
         self.calls += 1
+        done = Future()
+        done.set_result(self.grade(texts, answers, metas))
+        return done
+
+    def grade(self, texts, answers, metas):
         found = []
         for text, answer in zip(texts, answers, strict=True):
             problem, sample = map(int, text.split())
@@ -89,17 +102,17 @@ def consistent(found) -> None:
     assert found.rewards.dtype == np.float32
 
 
-def test_a_step_without_refill_is_graded_when_asked() -> None:
+def test_a_step_without_refill_is_graded_as_its_requests_end() -> None:
     made, engine, grader = collector(lambda i, g: g == 0)
     seen = []
     found, position = made.collect(None, 2, lambda: seen.append(len(engine.widths)))
     assert position == 3
     assert seen == [1]
-    assert grader.calls == 0
+    assert grader.calls == 2
     assert [p.id for p, _ in found.asked] == [f"p{i}" for i in asked_at(2)]
     np.testing.assert_array_equal(found.rewards, [[1, 0]] * P)
     assert len(found.verdicts) == P * G
-    assert grader.calls == 1
+    assert grader.calls == 2
     assert found.metrics == {}
     assert engine.widths == [1]
     consistent(found)
@@ -140,7 +153,7 @@ def test_what_cannot_be_replaced_stays() -> None:
     made, _, grader = collector(lambda i, g: False, refill=2)
     found, position = made.collect(None, 0)
     assert position == 3
-    assert grader.calls == 3
+    assert grader.calls == 2 * 3
     assert [p.id for p, _ in found.asked] == [f"p{i}" for i in asked_at(0)]
     assert found.metrics["rollout/useful_frac"] == 0.0
     consistent(found)

@@ -138,8 +138,8 @@ def test_prefill_and_decode_equal_the_full_forward(name, dtype, load):
         recent = model.new_cache(rows, half)
         for j in range(half):
             new = tokens[:, len(decoded)]
-            x, recent = decode(weights, new, cache, filled, recent, j)
-            decoded.append(model.logits(weights, x))
+            logits, recent = decode(weights, new, cache, filled, recent, j)
+            decoded.append(logits)
         cache = jax.tree.map(lambda old, new, at=filled: join_recent(old, new, at), cache, recent)
         filled = filled + half
     decoded = np.stack(decoded, axis=1)

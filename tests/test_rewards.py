@@ -355,6 +355,18 @@ def test_workers_that_never_start_are_an_error_and_not_a_hang(tmp_path: Path) ->
     assert not grader._pool
 
 
+def test_grading_beside_other_work(grader: Grader) -> None:
+    """In the order of the calls, with what they raise, and equal to `grade`."""
+    texts = [response("2"), response("x+1"), response("3")]
+    jobs = [grader.submit([text], ["1+x"]) for text in texts]
+    assert [job.result()[0].outcome for job in jobs] == ["wrong", "correct", "wrong"]
+    with pytest.raises(ValueError, match="1 responses but 2 answers"):
+        grader.submit(["a"], ["b", "c"]).result()
+    with Grader(workers=1) as other:
+        other.submit([response("x+1")], ["1+x"])
+    assert other._background is None
+
+
 def test_real_workers_are_killed_in_time() -> None:
     hangs = "\\binom{10000000}{5000000}"  # math-verify evaluates it while it parses
     with Grader(workers=1, timeout_s=1.0) as grader:

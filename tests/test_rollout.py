@@ -376,6 +376,29 @@ def test_results_do_not_depend_on_the_schedule(params, slots, chunk, monkeypatch
     np.testing.assert_array_equal(reordered.tokens, whole.tokens)
 
 
+def test_requests_are_handed_over_as_they_end(params):
+    """Each once, whole, and most of them while others are still being decoded."""
+    make, (prompts, keys) = (
+        engine(max_new_tokens=80, slots=4),
+        (
+            left_padded(4, seed=9),
+            request_keys(3, 1, range(4), 3),
+        ),
+    )
+    limits = np.array([[1, 2, 70], [40, 5, 6], [7, 8, 9], [80, 11, 12]], np.int32)
+    sampling = dataclasses.replace(settings((4, 3), (2, 3)), max_new_tokens=jnp.asarray(limits))
+    calls = []
+    out = make.generate(params, prompts, keys, sampling, on_finished=calls.append)
+    finished = [request for call in calls for request in call]
+    assert sorted(request.number for request in finished) == list(range(12))
+    assert sum(map(bool, calls)) > 2
+    ended = out.finish_reason.reshape(-1) == FINISH_EOS
+    assert ended.any()
+    for number, tokens in finished:
+        length = out.lengths.reshape(-1)[number] - ended[number]
+        np.testing.assert_array_equal(tokens, out.tokens.reshape(12, -1)[number, :length])
+
+
 def test_refilled_slots_on_a_mesh(params, monkeypatch):
     mesh = make_mesh(2, 2, 2)
     split = jax.device_put(params, param_shardings(mesh, params))

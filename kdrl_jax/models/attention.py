@@ -104,41 +104,40 @@ def _attend_block(
 
 
 def attend_cached(
-    q: Float[Array, "B 1 N H"],
+    q: Float[Array, "B K M H"],
     cache: KVCache,
     lengths: Int[Array, "B"],
     recent: KVCache,
     count: Int[Array, ""] | int,
-) -> Float[Array, "B 1 N H"]:
+) -> Float[Array, "B K M H"]:
     """Attention of one new token per row over what its cache holds and the tokens since.
 
     One softmax runs over both parts. The cache is only read, so that a decode loop need not carry
     it; the loop writes to `recent`, at the same index in every row.
 
     Args:
-      q: the new token's rotated queries.
+      q: the new token's rotated queries, M = N / K for each key head.
       cache: [B, K, W, H]; a row's first `lengths` columns count.
       recent: [B, K, C, H]; the first `count` columns count, the new token's included.
 
     Returns:
       Weighted values, in q's dtype.
     """
-    grouped = _group(q, cache.k.shape[1])[:, 0]
     in_cache = jnp.arange(cache.k.shape[2])[None, :] < lengths[:, None]
     in_recent = jnp.arange(recent.k.shape[2])[None, :] < count
 
     def look(part: KVCache, seen: Array) -> Array:
-        scores = _scores("BKMH,BKWH->BKMW", grouped, part.k)
+        scores = _scores("BKMH,BKWH->BKMW", q, part.k)
         return jnp.where(seen[:, None, None, :], scores, MASKED)
 
     scores = look(cache, in_cache), look(recent, in_recent)
     top = jnp.maximum(*(part.max(-1, keepdims=True) for part in scores))
     weights = [jnp.exp(part - top) for part in scores]
-    total, out = jnp.zeros_like(top), jnp.zeros(grouped.shape, jnp.float32)
+    total, out = jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
     for part, v in zip(weights, (cache.v, recent.v), strict=True):
         total += part.sum(-1, keepdims=True)
         out += einsum("BKMW,BKWH->BKMH", part.astype(v.dtype), v, jnp.float32)
-    return (out / total).reshape(q.shape).astype(q.dtype)
+    return (out / total).astype(q.dtype)
 
 
 def _group(q: Float[Array, "R L N H"], kv_heads: int) -> Float[Array, "R L K M H"]:

@@ -18,11 +18,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kdrl_jax.models.attention import attend, attend_cached
+from kdrl_jax.models.attention import attend
 from kdrl_jax.models.config import ModelConfig
+from kdrl_jax.models.decoding import DecodeWeights, decode_layer, fuse_layer
 from kdrl_jax.models.int8 import dequantize
-from kdrl_jax.models.layers import MLP, AttentionProjections, RMSNorm, einsum, rope_angles
-from kdrl_jax.sharding import constrain, constrain_weight, path_name
+from kdrl_jax.models.layers import (
+    MLP,
+    AttentionProjections,
+    RMSNorm,
+    einsum,
+    rms_norm,
+    rope_angles,
+)
+from kdrl_jax.sharding import constrain, path_name
 from kdrl_jax.types import KVCache, Params, UserError
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -144,21 +152,24 @@ class Decoder:
         """The tree that `init` returns, as shapes and dtypes."""
         return jax.eval_shape(self.init, jax.random.key(0))
 
-    def unstack(self, params: Params) -> Params:
-        """`params` as decoding reads them: `layers` a list, in the compute dtype, whole on `fsdp`.
+    def unstack(self, params: Params) -> DecodeWeights:
+        """`params` as decoding reads them: layer by layer, in the compute dtype, whole on `fsdp`.
 
         Done once before many tokens instead of once a token: slicing a layer out of the stack,
-        casting it, and gathering it from the devices that share it. Results are the same bits.
+        casting it, laying it out, and gathering it from the devices that share it.
         """
-
-        def whole(path: Any, x: Array) -> Array:
-            return constrain_weight(path_name(path), x)
-
-        params = self.cast(dequantize(params, self.dtype))
-        params = jax.tree_util.tree_map_with_path(whole, params)
-        stack = params["layers"]
-        layers = [jax.tree.map(lambda x, y=y: x[y], stack) for y in range(self.config.num_layers)]
-        return {**params, "layers": layers}
+        c, params = self.config, self.cast(dequantize(params, self.dtype))
+        layers = (jax.tree.map(lambda x, y=y: x[y], params["layers"]) for y in range(c.num_layers))
+        embedding = constrain(params["embed"]["embedding"], "vocab", None)
+        head = None if c.tie_embeddings else params["lm_head"]["kernel"]
+        if jax.default_backend() == "cpu":  # whose products read [D, V] a quarter faster
+            head = self.head(params)
+        return DecodeWeights(
+            embedding=embedding,
+            layers=[fuse_layer(c, layer) for layer in layers],
+            final_norm=params["final_norm"]["scale"],
+            head=None if head is None else constrain(head.T, None, "vocab"),
+        )
 
     def cast(self, params: Params) -> Params:
         """`params` in the compute dtype: to keep frozen weights in.
@@ -232,14 +243,14 @@ class Decoder:
 
     def decode(
         self,
-        weights: Params,
+        weights: DecodeWeights,
         tokens: Int[Array, "B"],
         cache: list[KVCache],
         lengths: Int[Array, "B"],
         recent: list[KVCache],
         index: Int[Array, ""] | int,
-    ) -> tuple[Float[Array, "B D"], list[KVCache]]:
-        """One token of every row: hidden states, and `recent` with the token written in.
+    ) -> tuple[Float[Array, "B V"], list[KVCache]]:
+        """One token of every row: its fp32 logits, and `recent` with the token written in.
 
         Layers are unrolled, so that nothing is sliced out of a stack for each token.
 
@@ -252,19 +263,16 @@ class Decoder:
           index: the column of `recent` to write, the same for every row.
         """
         rope = rope_angles(self.config, (lengths + index)[:, None])
-        x = self._embed(weights, tokens[:, None])
+        x = jnp.take(weights.embedding, tokens, axis=0).astype(self.dtype)
+        x = constrain(x, "batch", "embed")
         written = []
-        for layer, old, new in zip(weights["layers"], cache, recent, strict=True):
-
-            def look(q: Array, k: Array, v: Array, old=old, new=new) -> tuple[Array, KVCache]:
-                new = KVCache(
-                    *(_write(c, token, index) for c, token in zip(new, (k, v), strict=True))
-                )
-                return attend_cached(q, old, lengths, new, index + 1), new
-
-            x, new = self._layer(layer, x, rope, look)
+        for layer, old, new in zip(weights.layers, cache, recent, strict=True):
+            x, new = decode_layer(self.config, layer, x, rope, old, lengths, new, index)
             written.append(new)
-        return self._final_norm(weights, x)[:, 0], written
+        x = rms_norm(x, weights.final_norm, self.config.norm_eps)
+        if weights.head is None:
+            return einsum("BD,VD->BV", x, weights.embedding, jnp.float32), written
+        return einsum("BD,DV->BV", x, weights.head, jnp.float32), written
 
     def head(self, params: Params) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding where tied."""
@@ -294,9 +302,3 @@ class Decoder:
     def _final_norm(self, params: Params, x: Array) -> Array:
         args = (self.config.hidden_size, self.config.norm_eps)
         return nnx.merge(_graph(RMSNorm, args), params["final_norm"])(x)
-
-
-def _write(cache: Array, new: Array, index: Array | int) -> Array:
-    """Put `new` [B, 1, K, H] at column `index` of `cache` [B, K, C, H]."""
-    update = jnp.swapaxes(new, 1, 2).astype(cache.dtype)
-    return jax.lax.dynamic_update_slice_in_dim(cache, update, index, axis=2)

@@ -23,6 +23,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -87,6 +88,7 @@ class Grader:
         self._failed_starts = 0
         self._warned = False
         self._lock = threading.Lock()
+        self._background: ThreadPoolExecutor | None = None
         self._finalizer = weakref.finalize(self, _kill, self._pool)
 
     def __enter__(self) -> Grader:
@@ -97,6 +99,9 @@ class Grader:
 
     def close(self) -> None:
         """End the workers. Grading again would start new ones."""
+        if self._background:
+            self._background.shutdown(cancel_futures=True)
+            self._background = None
         with self._lock:
             _kill(self._pool)
 
@@ -143,6 +148,17 @@ class Grader:
             for i, pair in pairs.items():
                 outcomes[i] = verified[pair]
         return [_verdict(outcome) for outcome in outcomes if outcome is not None]
+
+    def submit(
+        self,
+        responses: Sequence[str],
+        answers: Sequence[str],
+        metas: Sequence[dict[str, Any]] | None = None,
+    ) -> Future[list[Verdict]]:
+        """`grade` beside whatever the caller does meanwhile; in the order of the calls."""
+        if self._background is None:
+            self._background = ThreadPoolExecutor(1, "grader")
+        return self._background.submit(self.grade, responses, answers, metas)
 
     def _verify(self, pairs: Iterable[Pair]) -> dict[Pair, Outcome]:
         """Outcomes of different pairs by worker processes."""

@@ -121,7 +121,7 @@ class _Loop(NamedTuple):
 
 def decode(
     model: Any,
-    weights: Params,
+    weights: Any,
     slots: Slots,
     sampling: SamplingParams,
     stop_at: Int[Array, ""],
@@ -145,10 +145,10 @@ def decode(
     stop_ids = sampling.stop_ids[None, :]
 
     def body(loop: _Loop) -> _Loop:
-        hidden, recent = model.decode(
+        logits, recent = model.decode(
             weights, loop.newest, cache, asked.lengths, loop.recent, loop.step
         )
-        logits = constrain(model.logits(weights, hidden), "batch", None)
+        logits = constrain(logits, "batch", None)
         nth = asked.drawn + loop.step
         token, log_prob = sample(
             logits, jax.vmap(jax.random.fold_in)(keys, nth), sampling, valid_vocab=valid_vocab

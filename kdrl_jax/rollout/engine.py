@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,15 @@ REFILL = 16
 """While requests wait, decoding stops as soon as one in so many slots is free."""
 
 
+class Finished(NamedTuple):
+    """A request that has ended."""
+
+    number: int
+    """p·G + g."""
+    tokens: Int[np.ndarray, "n"]
+    """Without the end token."""
+
+
 class RolloutEngine:
     """A sampler with continuous batching; a few programs for each shape it meets.
 
@@ -73,7 +82,8 @@ class RolloutEngine:
         self.prompt_buckets = tuple(prompt_buckets)
         self.max_new_tokens = max_new_tokens
         self.slots = slots
-        self._chunk = min(CHUNK, max_new_tokens)
+        # One chunk for a small budget: nothing is gained by looking in between.
+        self._chunk = CHUNK if max_new_tokens > 2 * CHUNK else max_new_tokens
         longest = max(prompt_buckets) + max_new_tokens + self._chunk
         self._windows = window_sizes(longest, min(prompt_buckets) + self._chunk)
         bound = functools.partial
@@ -94,6 +104,7 @@ class RolloutEngine:
         *,
         expected_lengths: Sequence[float] | None = None,
         meanwhile: Callable[[], Any] = lambda: None,
+        on_finished: Callable[[list[Finished]], Any] = lambda finished: None,
     ) -> Rollouts:
         """G completions of each of P prompts, as host arrays.
 
@@ -105,6 +116,8 @@ class RolloutEngine:
           expected_lengths: of the completions of each problem: the longest start first, so that
             no straggler begins last. Default: in the order given.
           meanwhile: called once, when the devices have work.
+          on_finished: called with every request that has ended, some at a time, while the devices
+            draw the tokens of others.
 
         Raises:
           ValueError: prompts of a length that is no bucket, or keys for another number of them.
@@ -126,7 +139,9 @@ class RolloutEngine:
             call.collect()
             while call.unfinished:
                 call.dispatch()
+                call.report(on_finished)
                 call.collect()
+        call.report(on_finished)
         return call.rollouts()
 
 
@@ -168,6 +183,7 @@ class _Call:
         self._log_probs = np.zeros((total, length), np.float32)
         self._lengths = np.zeros(total, np.int32)
         self._finish = np.full(total, FINISH_LENGTH, np.int32)
+        self._ended = np.zeros(0, np.int64)
         self._group = group
 
     @property
@@ -192,18 +208,25 @@ class _Call:
 
     def collect(self) -> None:
         """Wait for the chunk; book its tokens and who has ended."""
-        chunk = jax.device_get(self._chunk)
-        for slot in self._seats.taken:
-            request, count = self._seats.request[slot], int(chunk.counts[slot])
-            start = self._lengths[request]
-            self._tokens[request, start : start + count] = chunk.tokens[slot, :count]
-            self._log_probs[request, start : start + count] = chunk.log_probs[slot, :count]
-            self._lengths[request] += count
-            self._seats.lengths[slot] += count
-            if not chunk.running[slot]:
-                self._seats.request[slot] = -1
-                if chunk.ended[slot]:
-                    self._finish[request] = FINISH_EOS
+        chunk, slots = jax.device_get(self._chunk), self._seats.taken
+        requests, counts = self._seats.request[slots], chunk.counts[slots]
+        drawn = np.arange(chunk.tokens.shape[1]) < counts[:, None]
+        which, column = np.nonzero(drawn)
+        where = requests[which], self._lengths[requests[which]] + column
+        self._tokens[where] = chunk.tokens[slots][drawn]
+        self._log_probs[where] = chunk.log_probs[slots][drawn]
+        self._lengths[requests] += counts
+        self._seats.lengths[slots] += counts
+        self._finish[requests[chunk.ended[slots]]] = FINISH_EOS
+        gone = ~chunk.running[slots]
+        self._seats.request[slots[gone]] = -1
+        self._ended = requests[gone]
+
+    def report(self, on_finished: Callable[[list[Finished]], Any]) -> None:
+        """Hand over what the last `collect` saw end."""
+        keep = self._lengths - (self._finish == FINISH_EOS)
+        if self._ended.size:
+            on_finished([Finished(int(n), self._tokens[n, : keep[n]]) for n in self._ended])
 
     def rollouts(self) -> Rollouts:
         """The results so far."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -12,9 +13,9 @@ from jaxtyping import Bool, Float
 
 from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
-from kdrl_jax.rollout import RolloutEngine, request_keys
-from kdrl_jax.training.evaluation import EncodedProblem, completion_texts, grade_all
-from kdrl_jax.types import Params, Rollouts, SamplingParams, Verdict
+from kdrl_jax.rollout import Finished, RolloutEngine, request_keys
+from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.types import Params, Problem, Rollouts, SamplingParams, Verdict
 
 Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
 
@@ -30,7 +31,7 @@ def solved(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
 
 
 class Collected:
-    """P·G rollouts of one step with their texts; graded when first asked for `verdicts`."""
+    """P·G rollouts of one step with their texts. Asking for `verdicts` waits for the grader."""
 
     def __init__(
         self,
@@ -46,7 +47,7 @@ class Collected:
 
     @functools.cached_property
     def verdicts(self) -> list[Verdict]:
-        """Of the P·G rollouts, problem by problem. Grading runs on the host."""
+        """Of the P·G rollouts, problem by problem."""
         return self._grade()
 
     @property
@@ -119,6 +120,20 @@ class Collector:
         asked = [self._problems[i] for i in chosen]
         prompts = pad_prompts([ids for _, ids in asked], self._buckets, self._tokenizer.pad_id)
         keys = request_keys(self._seed, position, chosen, self._group)
+        texts = [""] * keys.size
+        graded: list[tuple[list[int], Future[list[Verdict]]]] = []
+
+        def read(finished: list[Finished]) -> None:
+            numbers = [request.number for request in finished]
+            for request in finished:
+                texts[request.number] = self._tokenizer.decode(request.tokens.tolist())
+            problems = [asked[number // self._group][0] for number in numbers]
+            graded.append((numbers, self._grade([texts[n] for n in numbers], problems)))
+
+        def grade() -> list[Verdict]:
+            found = {n: v for ns, job in graded for n, v in zip(ns, job.result(), strict=True)}
+            return [found[number] for number in range(len(texts))]
+
         rollouts = self._engine.generate(
             params,
             prompts,
@@ -126,12 +141,15 @@ class Collector:
             self._sampling,
             expected_lengths=self._expected(chosen),
             meanwhile=meanwhile,
+            on_finished=read,
         )
         self._seen.update(zip(chosen, rollouts.lengths.mean(1).tolist(), strict=True))
-        texts = completion_texts(rollouts, self._tokenizer)
-        questions = [problem for problem, _ in asked]
-        grade = functools.partial(grade_all, self._grader, texts, questions)
         return Collected(asked, rollouts, texts, grade, {})
+
+    def _grade(self, texts: list[str], problems: list[Problem]) -> Future[list[Verdict]]:
+        """Verdicts on a response to each problem, from processes that work beside the devices."""
+        answers, metas = [p.answer for p in problems], [p.meta for p in problems]
+        return self._grader.submit(texts, answers, metas)
 
     def _expected(self, chosen: Iterable[int]) -> list[float]:
         """What completions of these problems measured when last seen; new ones the usual."""
