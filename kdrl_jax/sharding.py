@@ -153,9 +153,13 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x
+    return jax.lax.with_sharding_constraint(x, activation_spec(mesh, x.shape, *axes))
+
+
+def activation_spec(mesh: Any, shape: Sequence[int], *axes: str | None) -> P:
+    """The partition spec of an activation by the logical names of its axes."""
     parts = [ACTIVATION_RULES[a] for a in axes]
-    spec = P(*(p if _divides(mesh, p, n) else None for p, n in zip(parts, x.shape, strict=True)))
-    return jax.lax.with_sharding_constraint(x, spec)
+    return P(*(p if _divides(mesh, p, n) else None for p, n in zip(parts, shape, strict=True)))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -1,5 +1,7 @@
 """Attention over whole rows, and of one new token over a cache. Softmax in fp32 throughout.
 
+Whole rows go to a fused kernel where the platform has one (`kdrl_jax.models.kernels`).
+
 Grouped queries (arXiv 2305.13245) meet their shared key without the keys being repeated: query
 head n = k·M + m belongs to key/value head k, so queries are viewed as [K, M] heads.
 """
@@ -8,12 +10,17 @@ from __future__ import annotations
 
 import functools
 import math
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kdrl_jax.models import kernels
 from kdrl_jax.models.layers import einsum
+from kdrl_jax.sharding import activation_spec
 from kdrl_jax.types import KVCache
 
 # Not -inf: a row of padding masks every key, and its softmax must stay finite.
@@ -22,6 +29,9 @@ MASKED = -1e30
 # Longer rows attend in blocks of this many queries, so that scores take O(L) memory, not O(L²).
 QUERY_BLOCK = 512
 SPANS = 8
+
+# Rows up to this length are too short for a fused kernel to win anything.
+SHORT_ROW = 128
 
 
 def attend(
@@ -42,18 +52,128 @@ def attend(
     Returns:
       Weighted values, in q's dtype.
     """
+    implementation = _implementation(q, k)
+    if implementation == "blockwise":
+        return _blockwise(q, k, v, segment_ids, _attend_block)
+    kernel = {"splash": kernels.splash, "cudnn": _cudnn}[implementation]
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, k, v, segment_ids)
+    # The compiler cannot partition kernels: each device runs one on its own rows and heads. Queries
+    # are split as their keys are.
+    heads = activation_spec(mesh, k.shape, "batch", "length", "kv_heads", None)
+    rows = activation_spec(mesh, segment_ids.shape, "batch", "length")
+    parts = jax.shard_map(
+        kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
+    )
+    return parts(q, k, v, segment_ids)
+
+
+def _implementation(q: Float[Array, "R L N H"], k: Float[Array, "R L K H"]) -> str:
+    """What `attend` runs: 'splash' on TPU, 'cudnn' on GPU, 'blockwise' where neither fits.
+
+    Chosen while tracing, by the devices of the mesh, which need not be this machine's: a program
+    for a TPU can be compiled on a CPU.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device else jax.default_backend()
+    if q.shape[1] > SHORT_ROW:
+        if platform == "tpu" and q.dtype == jnp.bfloat16:
+            return "splash"
+        half = q.dtype in (jnp.bfloat16, jnp.float16)
+        if (
+            platform == "gpu"
+            and half
+            and kernels.has_cudnn(q, k)
+            and _cudnn_agrees(str(q.dtype), q.shape[2] // k.shape[2], q.shape[3])
+        ):
+            return "cudnn"
+    return "blockwise"
+
+
+@functools.cache
+def _cudnn_agrees(dtype: str, shared: int, width: int) -> bool:
+    """Whether cuDNN runs here and gives what plain JAX gives, on padded and on packed rows.
+
+    Its versions and the GPUs' generations differ in what they take; asked once, in a second.
+
+    Args:
+      shared: query heads of a key head.
+    """
+
+    def run(form: Callable[..., Array], ids: Array) -> list[Array]:
+        shapes = [(*ids.shape, heads, width) for heads in (2 * shared, 2, 2)]
+        keys = jax.random.split(jax.random.key(0), 3)
+        rows = [jax.random.normal(x, s, dtype) for x, s in zip(keys, shapes, strict=True)]
+
+        def total(*qkv: Array) -> Array:
+            out = form(*qkv, ids).astype(jnp.float32)
+            return jnp.where((ids != 0)[..., None, None], out * jnp.cos(out), 0).sum()
+
+        value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2)))(*rows)
+        return [value / ids.size, *gradients]
+
+    def same() -> bool:
+        column = jnp.arange(2 * SHORT_ROW)
+        padded = jnp.stack([column >= 40, column < 199]).astype(jnp.int32)
+        packed = jnp.stack([1 + column // 100, 1 + column // 57])
+        plain = functools.partial(_blockwise, attend_block=_attend_block)
+        for ids in (padded, packed):
+            for x, y in zip(run(_cudnn, ids), run(plain, ids), strict=True):
+                if not jnp.abs(x - y).max() < 0.02 * jnp.abs(y).max():  # nor NaN
+                    return False
+        return True
+
+    try:
+        # In a thread of its own: this one is tracing, perhaps for a mesh.
+        with ThreadPoolExecutor(1) as aside:
+            agrees = aside.submit(same).result()
+        problem = "other numbers than plain JAX"
+    except Exception as error:  # whatever a library that is not at hand here may raise
+        agrees, problem = False, str(error).partition("\n")[0][:200]
+    if not agrees:
+        warnings.warn(
+            f"cuDNN attention is not used, as it gave: {problem}", RuntimeWarning, stacklevel=2
+        )
+    return agrees
+
+
+# Without this checkpoint the backward pass would find the residuals of both branches stored.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _cudnn(
+    q: Float[Array, "R L N H"],
+    k: Float[Array, "R L K H"],
+    v: Float[Array, "R L K H"],
+    segment_ids: Int[Array, "R L"],
+) -> Float[Array, "R L N H"]:
+    """`attend` by cuDNN, which knows lengths but no segments: packed rows need masks."""
+    length = q.shape[1]
+    padded = length + -length % kernels.CUDNN_TILE
+    packed = functools.partial(_blockwise, attend_block=kernels.cudnn_masked)
+    rows = [kernels.pad_rows(x, padded) for x in (q, k, v, segment_ids)]
+    out = jax.lax.cond(kernels.is_unpacked(rows[-1]), kernels.cudnn_unpacked, packed, *rows)
+    return out[:, :length]
+
+
+def _blockwise(
+    q: Float[Array, "R L N H"],
+    k: Float[Array, "R L K H"],
+    v: Float[Array, "R L K H"],
+    segment_ids: Int[Array, "R L"],
+    attend_block: Callable[..., Array],
+) -> Float[Array, "R L N H"]:
+    """`attend` by blocks of queries, each by `attend_block`."""
     length = q.shape[1]
     if length <= QUERY_BLOCK:
-        return _attend_block(q, k, v, segment_ids, segment_ids, jnp.arange(length))
+        return attend_block(q, k, v, segment_ids, segment_ids, jnp.arange(length))
 
     # Scores of one block at a time; the backward pass computes them again. Each span of blocks
     # looks at the keys up to its own end, so that little more than the causal half is computed.
     blocks = -(-length // QUERY_BLOCK)
-    pad = blocks * QUERY_BLOCK - length
     ends = sorted({-(-blocks * (span + 1) // SPANS) for span in range(SPANS)})
 
     def split(x: Array) -> Array:
-        x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+        x = kernels.pad_rows(x, blocks * QUERY_BLOCK)
         return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
     index = jnp.arange(blocks * QUERY_BLOCK).reshape(blocks, QUERY_BLOCK)
@@ -66,7 +186,7 @@ def attend(
         def block(_: None, xs: tuple[Array, Array, Array], until=until) -> tuple[None, Array]:
             q_block, segments, rows = xs
             keys = (k[:, :until], v[:, :until], segments, segment_ids[:, :until])
-            return None, _attend_block(q_block, *keys, rows)
+            return None, attend_block(q_block, *keys, rows)
 
         span = tuple(x[first:last] for x in queries)
         done.append(jax.lax.scan(block, None, span)[1])
@@ -82,7 +202,7 @@ def _attend_block(
     key_segments: Int[Array, "R L"],
     query_index: Int[Array, "Q"],
 ) -> Float[Array, "R Q N H"]:
-    """`attend` for the queries at `query_index` of each row."""
+    """`attend` for the queries at `query_index` of each row, in plain JAX."""
     rows, count, _, width = q.shape
     kv_heads, length = k.shape[2], k.shape[1]
     # The M query heads of a key head side by side on the query axis: one product of matrices per
