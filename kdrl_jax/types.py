@@ -32,7 +32,7 @@ Params = dict[str, Any]
 Outcome = Literal["correct", "wrong", "unparsable", "timeout", "format"]
 OUTCOMES: tuple[Outcome, ...] = ("correct", "wrong", "unparsable", "timeout", "format")
 
-FINISH_EOS, FINISH_LENGTH = 0, 1
+FINISH_EOS, FINISH_LENGTH, UNFINISHED = 0, 1, 2
 
 
 class UserError(Exception):
@@ -95,7 +95,7 @@ class Rollouts:
     log_probs: Float[Any, "P G T"]
     lengths: Int[Any, "P G"]
     finish_reason: Int[Any, "P G"]
-    """FINISH_EOS or FINISH_LENGTH."""
+    """FINISH_EOS or FINISH_LENGTH; UNFINISHED in partial rollouts."""
 
 
 @jax.tree_util.register_dataclass

@@ -16,11 +16,11 @@ from kdrl_jax.objectives import token_log_probs
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
 from kdrl_jax.rollout import decode as device
 from kdrl_jax.rollout.sampling import BLOCK, block_size, sample, truncate
-from kdrl_jax.rollout.schedule import Queue, smaller_batch, window_sizes
+from kdrl_jax.rollout.schedule import Queue, plan_batches, smaller_batch, window_sizes
 from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training.batch import rollout_rows
 from kdrl_jax.training.metrics import CompileCounter
-from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Prompts
+from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, UNFINISHED, Prompts
 
 CONFIG = ModelConfig(
     vocab_size=16,
@@ -174,7 +174,7 @@ def test_log_probs_are_those_of_the_full_forward(params, temperature):
     keys = request_keys(0, 5, range(4), 3)
     out = engine().generate(params, prompts, keys, settings(shape, temperature=temperature))
     rows = rollout_rows(out)
-    hidden = MODEL.apply(params, *rows)[:, -LENGTH - 1 : -1]
+    hidden = MODEL.apply(params, *rows[:3])[:, -LENGTH - 1 : -1]
     log_probs, _ = token_log_probs(
         hidden,
         MODEL.head(params),
@@ -423,15 +423,51 @@ def test_the_batch_shrinks_to_the_stragglers(params, monkeypatch):
     assert {16, 4} <= set(sizes)
 
 
-def test_the_queue_prefills_whole_groups_once():
-    queue = Queue([2, 0, 1], group=2, at_once=2)
-    taken = []
+def queued(drawn, waiting, most=2):
+    """[(batch, row, request)] as they are taken, and the rows of each batch."""
+    batches = plan_batches([2, 0, 1], np.array(drawn), np.array(waiting), most)
+    queue, taken = Queue(batches), []
     while len(queue):
         batch = queue.batch
         taken += [(batch, row, request) for row, request in queue.take(3)]
+    return taken, [queue.rows(n) for n in range(len(batches))]
+
+
+def test_the_queue_prefills_whole_groups_once():
+    taken, rows = queued(np.zeros((3, 2), int), np.ones((3, 2), bool))
     assert taken == [(0, 0, 4), (0, 0, 5), (0, 1, 0), (0, 1, 1), (1, 0, 2), (1, 0, 3)]
-    assert queue.problems(0) == [2, 0]
-    assert queue.problems(1) == [1]
+    assert rows == [[4, 0], [2]]
+
+
+def test_the_queue_begins_with_the_longest_that_go_on():
+    taken, rows = queued([[0, 3], [9, 1], [0, 0]], [[True, True], [True, False], [True, True]])
+    assert rows == [[2, 1], [4, 0]]
+    assert taken == [(0, 0, 2), (0, 1, 1), (1, 0, 4), (1, 0, 5), (1, 1, 0)]
+
+
+@pytest.mark.parametrize("slots", [0, 5])
+def test_partial_rollouts_go_on_as_if_never_stopped(params, slots):
+    """Stopped as soon as two, four, six problems are done, and continued: the same tokens."""
+    make, prompts = engine(max_new_tokens=80, slots=slots), left_padded(6, seed=9)
+    keys = request_keys(3, 1, range(6), 3)
+    limits = np.array([[2, 80, 2], [9, 2, 9], [2, 40, 9], [70, 1, 1], [5, 5, 5], [40, 80, 2]])
+    sampling = dataclasses.replace(settings((6, 3), (-1,)), max_new_tokens=jnp.asarray(limits))
+    whole = make.generate(params, prompts, keys, sampling)
+    part, stops, ended = None, [], []
+    for enough in (2, 4, 6, 6):
+        part = make.generate(
+            params, prompts, keys, sampling, begun=part, enough=enough, on_finished=ended.extend
+        )
+        done = part.finish_reason != UNFINISHED
+        assert done.all(axis=1).sum() >= enough
+        stops.append(int(done.sum()))
+        real = np.arange(80) < part.lengths[..., None]
+        np.testing.assert_array_equal(np.where(real, whole.tokens, 0), part.tokens)
+    assert stops[0] < stops[2] == 18
+    assert sorted(request.number for request in ended) == list(range(18))
+    np.testing.assert_array_equal(part.finish_reason, whole.finish_reason)
+    np.testing.assert_array_equal(part.tokens, whole.tokens)
+    np.testing.assert_allclose(part.log_probs, whole.log_probs, atol=1e-5)
 
 
 def test_sizes_of_batches_and_caches():

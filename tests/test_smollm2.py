@@ -22,7 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from kdrl_jax.models import load_eos_ids, load_hf, save_hf
-from kdrl_jax.rollout.engine import RolloutEngine, request_keys
+from kdrl_jax.rollout import RolloutEngine, request_keys
 from kdrl_jax.types import FINISH_EOS, Prompts, SamplingParams
 
 FOLDER = os.environ.get("KDRL_SMOLLM2")

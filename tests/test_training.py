@@ -386,7 +386,7 @@ def test_scores_equal_a_plain_softmax(mesh) -> None:
     got = scorer.log_probs(params, rows, T, jnp.float32(0.7))
     assert got.sharding == NamedSharding(ONE_DEVICE, P(BATCH_AXES))
     alone = jax.device_put(jax.device_get(params), ONE_DEVICE.devices.flat[0])
-    everything = whole_log_probs(alone, *rows, 0.7)
+    everything = whole_log_probs(alone, *rows[:3], 0.7)
     expected = np.take_along_axis(everything, rows.tokens[:, -T:, None], -1)[..., 0]
     np.testing.assert_allclose(got, expected, atol=1e-4)
     support = np.random.default_rng(0).integers(0, VALID, (P_ * G, T, 3)).astype(np.int32)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 SHRINK = 4
 """The decode batch falls to a quarter when no more of it is in use."""
@@ -38,38 +39,76 @@ def smaller_batch(slots: int, running: int, parts: int) -> int:
     return slots
 
 
+class Batch(NamedTuple):
+    """Requests whose prompts go through one prefill."""
+
+    rows: list[int]
+    """For each row a request that begins with it: its prompt and what has been drawn for it."""
+    requests: list[tuple[int, int]]
+    """(row, request) of all that begin with one of the rows."""
+
+
 class Queue:
-    """P·G requests, the G of a problem side by side, prefilled some problems at a time.
+    """Requests in the order of their batches."""
 
-    Args:
-      order: the problems, the first to start first.
-      at_once: problems of a prefill.
-    """
-
-    def __init__(self, order: Sequence[int], group: int, at_once: int):
-        self._order, self._group, self._at_once = list(order), group, at_once
+    def __init__(self, batches: Sequence[Batch]):
+        self._batches = list(batches)
+        self._places = [
+            (n, row, request)
+            for n, batch in enumerate(self._batches)
+            for row, request in batch.requests
+        ]
         self._next = 0
 
     def __len__(self) -> int:
-        return len(self._order) * self._group - self._next
+        return len(self._places) - self._next
 
     @property
     def batch(self) -> int:
         """Which prefill the next request belongs to."""
-        return self._next // (self._at_once * self._group)
+        return self._places[self._next][0]
 
-    def problems(self, batch: int) -> list[int]:
-        """The problems of a prefill; fewer than `at_once` in the last one."""
-        return self._order[batch * self._at_once : (batch + 1) * self._at_once]
+    def rows(self, batch: int) -> list[int]:
+        """See `Batch`."""
+        return self._batches[batch].rows
 
-    def take(self, most: int) -> Iterator[tuple[int, int]]:
-        """Up to `most` requests of one prefill: (row within it, number p·G + g)."""
-        batch = self.batch
-        while most and len(self) and self.batch == batch:
-            place, sample = divmod(self._next, self._group)
-            yield place % self._at_once, self._order[place] * self._group + sample
-            self._next += 1
-            most -= 1
+    def take(self, most: int) -> list[tuple[int, int]]:
+        """Up to `most` requests of one prefill: (row, request)."""
+        batch, taken = self.batch, self._places[self._next : self._next + most]
+        taken = [place for place in taken if place[0] == batch]
+        self._next += len(taken)
+        return [(row, request) for _, row, request in taken]
+
+
+def plan_batches(
+    order: Sequence[int], drawn: Int[np.ndarray, "P G"], waiting: Bool[np.ndarray, "P G"], most: int
+) -> list[Batch]:
+    """The prefills of requests, each of up to `most` rows.
+
+    Those of which something has been drawn come first, the longest before the others, each with a
+    row of its own; then the others, with a row for each problem.
+
+    Args:
+      order: the problems, the first to start first.
+      drawn: tokens that requests have already.
+      waiting: which requests are to run.
+    """
+    group = drawn.shape[1]
+    begun = np.flatnonzero(waiting & (drawn > 0))
+    begun = begun[np.argsort(-drawn.reshape(-1)[begun], kind="stable")].tolist()
+    batches = [
+        Batch(part, list(enumerate(part)))
+        for part in (begun[i : i + most] for i in range(0, len(begun), most))
+    ]
+    fresh = {
+        p: [p * group + int(g) for g in np.flatnonzero(waiting[p] & (drawn[p] == 0))] for p in order
+    }
+    problems = [p for p in order if fresh[p]]
+    for i in range(0, len(problems), most):
+        part = problems[i : i + most]
+        requests = [(row, request) for row, p in enumerate(part) for request in fresh[p]]
+        batches.append(Batch([fresh[p][0] for p in part], requests))
+    return batches
 
 
 def longest_first(expected: Sequence[float]) -> list[int]:

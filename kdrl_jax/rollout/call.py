@@ -1,0 +1,258 @@
+"""One call of the engine: the queue, the seats, and the device state that follows them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int, PRNGKeyArray
+
+from kdrl_jax.rollout import decode as device
+from kdrl_jax.rollout.schedule import (
+    SHRINK,
+    Queue,
+    Seats,
+    choose_window,
+    longest_first,
+    plan_batches,
+    smaller_batch,
+)
+from kdrl_jax.sharding import batch_parts, put_batch, replicated
+from kdrl_jax.types import (
+    FINISH_EOS,
+    FINISH_LENGTH,
+    UNFINISHED,
+    KVCache,
+    Params,
+    Prompts,
+    Rollouts,
+    SamplingParams,
+)
+
+if TYPE_CHECKING:
+    from kdrl_jax.rollout.engine import RolloutEngine
+
+REFILL = 16
+"""While requests wait, decoding stops as soon as one in so many slots is free."""
+
+
+class Finished(NamedTuple):
+    """A request that has ended."""
+
+    number: int
+    """p·G + g."""
+    tokens: Int[np.ndarray, "n"]
+    """Without the end token."""
+
+
+class Call:
+    """See the module's docstring and `RolloutEngine.generate`."""
+
+    def __init__(
+        self,
+        engine: RolloutEngine,
+        params: Params,
+        prompts: Prompts,
+        request_keys: PRNGKeyArray,
+        sampling: SamplingParams,
+        expected_lengths: Sequence[float] | None,
+        begun: Rollouts | None,
+        enough: int,
+    ):
+        self._engine, self._params, self._prompts = engine, params, prompts
+        problems, group = request_keys.shape
+        length, total = engine.max_new_tokens, problems * group
+        limits, keys = jax.device_get((sampling.max_new_tokens, jax.random.key_data(request_keys)))
+        self._limits = np.clip(np.broadcast_to(limits, (problems, group)), 1, length).reshape(-1)
+        self._keys = keys.reshape(total, -1)
+        self._sampling = jax.device_put(sampling, replicated(engine.mesh))
+        self._right_padded = _to_the_left(prompts)
+        self._weights = engine._unstack(params)
+        self._group, self._enough = group, enough or problems
+
+        self._tokens = np.zeros((total, length), np.int32)
+        self._log_probs = np.zeros((total, length), np.float32)
+        self._lengths = np.zeros(total, np.int32)
+        self._finish = np.full(total, UNFINISHED, np.int32)
+        if begun is not None:
+            for name in ("tokens", "log_probs", "lengths"):
+                there = getattr(begun, name)
+                getattr(self, f"_{name}")[:] = there.reshape(total, *there.shape[2:])
+            self._finish[:] = begun.finish_reason.reshape(-1)
+
+        seats = min(engine.slots or total, total)
+        at_once = min(problems, -(-seats // group))
+        order = range(problems) if expected_lengths is None else longest_first(expected_lengths)
+        waiting = (self._finish == UNFINISHED).reshape(problems, group)
+        drawn = self._lengths.reshape(problems, group)
+        self._queue = Queue(plan_batches(order, drawn, waiting, at_once))
+        self._at_once = at_once
+        self._prefilled: tuple[int, KVCache] | None = None
+        self._seats = Seats.empty(seats)
+        self._chunk: device.Chunk | None = None
+        needed = prompts.tokens.shape[1] + engine._chunk
+        self._window = choose_window(engine._windows, needed)
+        self._slots = engine._empty(seats, self._window)
+
+        self._ended = np.zeros(0, np.int64)
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether fewer problems than enough have all their completions."""
+        whole = (self._finish != UNFINISHED).reshape(-1, self._group).all(axis=1)
+        return int(whole.sum()) < self._enough
+
+    def dispatch(self) -> None:
+        """Fill the free slots and have the devices draw a chunk of tokens."""
+        while len(self._queue) and len(self._seats.free):
+            self._admit()
+        self._resize()
+        slots = len(self._seats.request)
+        if len(self._queue):
+            stop_at = slots - max(1, slots // REFILL)
+        else:
+            # Where a quarter would do, stop once no more than a quarter runs.
+            fewer = self._enough_slots(slots // SHRINK)
+            stop_at = fewer if fewer < slots else 0
+        args = (self._weights, self._slots, self._sampling, self._put(np.int32(stop_at)))
+        self._slots, self._chunk = self._engine._decode(*args)
+
+    def collect(self) -> None:
+        """Wait for the chunk; book its tokens and who has ended."""
+        chunk, slots = jax.device_get(self._chunk), self._seats.taken
+        requests, counts = self._seats.request[slots], chunk.counts[slots]
+        drawn = np.arange(chunk.tokens.shape[1]) < counts[:, None]
+        which, column = np.nonzero(drawn)
+        where = requests[which], self._lengths[requests[which]] + column
+        self._tokens[where] = chunk.tokens[slots][drawn]
+        self._log_probs[where] = chunk.log_probs[slots][drawn]
+        self._lengths[requests] += counts
+        self._seats.lengths[slots] += counts
+        gone, ended = ~chunk.running[slots], chunk.ended[slots]
+        self._finish[requests[gone]] = np.where(ended, FINISH_EOS, FINISH_LENGTH)[gone]
+        self._seats.request[slots[gone]] = -1
+        self._ended = requests[gone]
+
+    def report(self, on_finished: Callable[[list[Finished]], Any]) -> None:
+        """Hand over what the last `collect` saw end."""
+        keep = self._lengths - (self._finish == FINISH_EOS)
+        if self._ended.size:
+            on_finished([Finished(int(n), self._tokens[n, : keep[n]]) for n in self._ended])
+
+    def rollouts(self) -> Rollouts:
+        """The results so far."""
+        problems = len(self._prompts.lengths)
+
+        def of_groups(x: np.ndarray) -> np.ndarray:
+            return x.reshape(problems, self._group, *x.shape[1:])
+
+        return Rollouts(
+            prompt_tokens=self._prompts.tokens,
+            prompt_lengths=self._prompts.lengths,
+            tokens=of_groups(self._tokens),
+            log_probs=of_groups(self._log_probs),
+            lengths=of_groups(self._lengths),
+            finish_reason=of_groups(self._finish),
+        )
+
+    def _admit(self) -> None:
+        """Give free slots to waiting requests, as many as one prefill covers."""
+        batch, free = self._queue.batch, self._seats.free
+        if self._prefilled is None or self._prefilled[0] != batch:
+            self._prefilled = None  # before the next one is made
+            self._prefilled = (batch, self._run_prefill(batch))
+        rows, asked = (np.array(x) for x in zip(*self._queue.take(len(free)), strict=True))
+        where = free[: len(asked)]
+        drawn = self._lengths[asked]
+        lengths = self._prompts.lengths[asked // self._group] + drawn - 1
+        newest = self._right_padded[asked // self._group, np.where(drawn, 0, lengths)]
+        newest = np.where(drawn, self._tokens[asked, drawn - 1], newest)
+        requests = device.Requests(
+            lengths=lengths,
+            newest=newest,
+            drawn=drawn,
+            limits=self._limits[asked],
+            keys=self._keys[asked],
+            running=np.ones(len(asked), bool),
+        )
+        # A few sizes of admissions, not one program for each number.
+        size = _next_power_of_4(len(asked), len(self._seats.request))
+        fill = functools.partial(_fill, size=size)
+        args = (fill(rows, 0), fill(where, len(self._seats.request)))
+        more = jax.tree.map(lambda x: fill(x, 0), requests)
+        self._slots = self._engine._admit(
+            self._slots, self._prefilled[1], *self._put((*args, more))
+        )
+        self._seats.request[where] = asked
+        self._seats.lengths[where] = lengths
+
+    def _run_prefill(self, batch: int) -> KVCache:
+        """Of prompts, with what has been drawn for requests that go on."""
+        rows = self._queue.rows(batch)
+        rows = [rows[i % len(rows)] for i in range(self._at_once)]
+        problems = [r // self._group for r in rows]
+        prompts, before = self._right_padded[problems], self._prompts.lengths[problems]
+        lengths, width = before + self._lengths[rows], prompts.shape[1]
+        if lengths.max() > width:
+            width = choose_window(self._engine._windows, int(lengths.max()))
+        tokens = np.zeros((len(rows), width), np.int32)
+        tokens[:, : prompts.shape[1]] = prompts
+        for row, request, n in zip(tokens, rows, before, strict=True):
+            row[n : n + self._lengths[request]] = self._tokens[request, : self._lengths[request]]
+        if width > self._window:
+            self._fit(np.arange(len(self._seats.request)), width)
+        placed = put_batch(self._engine.mesh, (tokens, lengths.astype(np.int32)))
+        return self._engine._prefill(self._params, *placed)
+
+    def _resize(self) -> None:
+        """Enough cache columns for the next chunk, and no many more slots than are in use."""
+        engine, taken, slots = self._engine, self._seats.taken, len(self._seats.request)
+        window = choose_window(engine._windows, self._seats.longest + engine._chunk)
+        fewer = self._enough_slots(len(taken))
+        if fewer == slots and window <= self._window:
+            return
+        rows = np.arange(slots)
+        if fewer < slots:
+            rows = np.concatenate([taken, self._seats.free])[:fewer]
+            self._seats = self._seats.pick(rows)
+        self._fit(rows, window)
+
+    def _fit(self, rows: Int[np.ndarray, "n"], window: int) -> None:
+        """The slots `rows` alone, with so many columns of cache."""
+        self._window = window
+        where = self._put(rows.astype(np.int32))
+        self._slots = self._engine._fit(self._slots, where, window=window)
+
+    def _enough_slots(self, running: int) -> int:
+        """How many slots to keep for `running` requests: fewer only where that may pay."""
+        slots, asked = len(self._seats.request), self._seats.request[self._seats.taken]
+        left = (self._limits[asked] - self._lengths[asked]).max(initial=0)
+        if len(self._queue) or left <= 2 * self._engine._chunk:
+            return slots
+        return smaller_batch(slots, running, batch_parts(self._engine.mesh))
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, replicated(self._engine.mesh))
+
+
+def _to_the_left(prompts: Prompts) -> Int[np.ndarray, "P S"]:
+    """Left-padded prompts padded on the right instead."""
+    slots = prompts.tokens.shape[1]
+    index = np.arange(slots) + (slots - prompts.lengths)[:, None]
+    return np.take_along_axis(np.asarray(prompts.tokens), index % slots, axis=1)
+
+
+def _fill(x: np.ndarray, value: int, *, size: int) -> np.ndarray:
+    """`x` with `value` behind it, up to `size` rows; 64-bit numbers as 32."""
+    x = x.astype(np.int32) if x.dtype == np.int64 else x
+    return np.concatenate([x, np.full((size - len(x), *x.shape[1:]), value, x.dtype)])
+
+
+def _next_power_of_4(count: int, most: int) -> int:
+    size = 1
+    while size < count:
+        size *= 4
+    return min(size, most)
