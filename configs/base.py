@@ -123,6 +123,10 @@ def get_config() -> ConfigDict:
     # Requests that decode at once, over all devices; a request that ends leaves its slot to the
     # next. Changes memory and speed, not results. 0: all of a rollout batch, fewer as they end.
     c.rollout.slots = 0
+    # Problems sampled beyond prompts_per_step: a step begins when as many as that are done, and the
+    # others go on in the next one (partial rollouts, arXiv 2501.12599). Their tokens keep
+    # the log-probs they were drawn with, which the ratio is then taken to. 0: wait for all.
+    c.rollout.carry = 0
     c.rollout.dtype = ""  # "": the student's. Another one costs what mismatch/kl says
     # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at
     # most so many more rollout batches a step. For sft: groups without a right answer.
@@ -151,6 +155,9 @@ def get_config() -> ConfigDict:
     c.epochs = 1  # passes over a rollout batch
     c.micro_batch = 64  # rows per forward/backward, over all devices; changes memory, not results
     c.logprob_chunk = 2048  # tokens whose logits exist at once, on each device
+    # GiB of each device that a run may plan with; what does not fit is refused before the start.
+    # 0: what the devices report, or on CPU their share of the machine's memory.
+    c.memory_gib = 0.0
 
     # --- evaluation, checkpoints, logs ---------------------------------------------------------
     c.eval = ConfigDict()

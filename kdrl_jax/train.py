@@ -28,7 +28,9 @@ from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.learner import Learner, Weights
+from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
+from kdrl_jax.training.performance import Meter
 from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import (
     build_role,
@@ -73,6 +75,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # --- Student and teacher -------------------------------------------------------------------
     shapes = check_roles(config, sizes, tokenizer, {"mesh": mesh, "teacher_mesh": teacher_mesh})
+    job = (config, sizes, shapes, mesh, teacher_mesh)
+    memory = MemoryCheck(*job).require(display)
+    meter = Meter(*job, display)
     lock_folder(workdir)
     write_atomic(saved, to_json(config))
     write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
@@ -103,7 +108,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mask_final_eos=sizes.method.uses_teacher and ends_differently(config, tokenizer),
     )
     sampling = sampling_params(
-        (ro.prompts_per_step, ro.group_size),
+        (ro.prompts_per_step + ro.carry, ro.group_size),
         tokenizer.stop_ids,
         **{k: ro[k] for k in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
     )
@@ -128,7 +133,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # functions of step and data position, which is 1 rollout batch a step but for refilled ones.
     store = CheckpointStore(workdir, config.checkpoint.keep)
     start = store.latest_step()
-    position, trend = 0, Trend()
+    position, trend, carried = 0, Trend(), ""
     if start is None:
         params = build_role("student", config, student, tokenizer, mesh, display)
         state = init_state(params, optimizer, mesh)
@@ -141,11 +146,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 "trained on; restore them or use another --workdir"
             )
         position, trend = meta["data_position"], Trend(*meta["trend"])
+        carried = meta.get("carried", "")
         display.say(f"continuing after step {start} of {config.steps}")
     state = learner.at_rest(state)
 
     # --- Loop ----------------------------------------------------------------------------------
-    book = Run(config, workdir, start, store, display, data_digest, trend)
+    book = Run(config, workdir, start, store, display, data_digest, trend, memory, meter)
     with make_grader(config, config.data.task) as grader, book as run:
         collector = Collector(
             engine_of(teacher.model, teacher.mesh) if teacher and by_teacher else engine,
@@ -156,12 +162,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             sampling,
             seed=config.seed,
             refill=ro.refill,
+            carry=ro.carry,
+            carried=carried,
             useful=solved if sizes.method.supervised else mixed,
         )
 
         def evaluate_student(step: int) -> None:
             if held_out and (step % config.eval.every == 0 or step == config.steps):
-                run.wait()
+                run.wait(then="eval")
                 keys = ("samples", "batch", "temperature")
                 settings = {k: config.eval[k] for k in keys} | {"seed": config.seed}
                 scores, _ = evaluate(engine, state.params, held_out, tokenizer, grader, **settings)
@@ -176,25 +184,25 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 # Meanwhile the last step's metrics are read.
                 found, position = collector.collect(sampler, position, run.settle)
                 rollouts = put_batch(mesh, found.rollouts)
-                run.clock.lap("rollout")
+                run.clock.lap("rollout", then="score")
 
                 beta, now = learner.beta(step, run.trend), learner.hyper(step, run.trend)
                 rows = learner.rows(found.rollouts)
                 scores = learner.score(state.params, rows, beta, now.temperature)
                 rewards = found.rewards  # graded by the host while the devices score
                 jax.block_until_ready(scores)
-                run.clock.lap("score")
+                run.clock.lap("score", then="update")
 
                 state, metrics = learner.learn(state, rows, rollouts, rewards, scores, now)
 
             step += 1
-            run.step_done(step, metrics, {"beta": beta, **found.metrics}, rollouts, found)
+            run.step_done(step, metrics, {"beta": beta, **found.metrics}, rollouts, found, scores)
             run.write_samples(step, found)
             evaluate_student(step)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                run.save(step, state, position)
+                run.save(step, state, position, collector.carried)
         if run.stopping:
-            run.save(step, state, position)
+            run.save(step, state, position, collector.carried)
         summary = run.finish(step)
     unlock_folder(workdir)
     return summary

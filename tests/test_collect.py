@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kdrl_jax.data import PromptBatches
-from kdrl_jax.rollout import Finished
+from kdrl_jax.rollout import DecodeStats, Finished
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.types import FINISH_EOS, Problem, Rollouts, Verdict
 
@@ -19,6 +19,7 @@ class Engine:
     """Answers problem i, sample g, with the tokens [i + 1, g, 0]."""
 
     prompt_buckets = (1, 2)
+    last = DecodeStats(steps=T, slot_steps=P * G * T, tokens=P * G * T, context=60)
 
     def __init__(self):
         self.widths, self.expected = [], []
@@ -144,6 +145,8 @@ def test_equal_groups_are_replaced_in_place() -> None:
     assert len(odd) >= P
     assert sorted(int(p.id[1:]) for p, _ in found.asked) == sorted(odd[:P])
     assert found.metrics["rollout/batches"] == position
+    assert found.decoding.steps == position * T
+    assert found.decoding.context == position * 60
     assert found.metrics["rollout/useful_frac"] == 1.0
     assert found.metrics["reward/drawn_mean"] == pytest.approx(len(odd) / len(drawn) / 2)
     assert set(engine.widths) == {2}, "all batches of a step have one width"

@@ -22,7 +22,7 @@ from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import load_config, load_hf
 from kdrl_jax.sharding import param_shardings
 from kdrl_jax.training.checkpoints import abstract_params, restore_params
-from kdrl_jax.training.metrics import read_metrics
+from kdrl_jax.training.metrics import CLOCKED, read_metrics
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,8 +60,6 @@ TINY = {
     "samples.every": 2,
     "samples.count": 5,
 }
-# Wall time is the only thing two equal runs may differ in.
-CLOCKS = ("time/", "tokens_per_s/")
 
 
 def command(workdir, cache, **changes):
@@ -76,9 +74,9 @@ def run(workdir, cache, **changes):
 
 
 def rows(workdir):
-    """The metrics without wall times."""
+    """The metrics that equal runs must have in common."""
     found = read_metrics(Path(workdir) / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if not k.startswith(CLOCKS)} for row in found]
+    return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in found]
 
 
 def samples(workdir):
@@ -108,6 +106,9 @@ def test_what_a_run_leaves(whole, cache):
     promised = {
         *("loss", "beta", "reward/mean", "kl/teacher", "entropy/mean", "length/mean"),
         *("length/truncated_frac", "mismatch/kl", "time/rollout_s", "tokens_per_s/rollout"),
+        *("tokens_per_s/update", "tokens_per_s/total", "perf/mfu_update", "perf/mfu_score"),
+        *("perf/decode_roofline", "perf/slot_use", "share/rollout", "share/score"),
+        "share/update",
     }
     for row in metrics[1:]:
         assert promised <= row.keys()
@@ -248,6 +249,22 @@ def test_schedules_refill_and_several_updates_resume_exactly(cache, tmp_path):
     assert [row["rollout/batches"] for row in whole] == [3.0] * 4  # no group is ever solved
     meta = json.loads((tmp_path / "whole" / "checkpoints" / "4" / "meta" / "metadata").read_text())
     assert meta["data_position"] == 12
+
+
+def test_partial_rollouts_go_on_and_resume_exactly(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("kdrl_jax.rollout.engine.CHUNK", 2)  # tokens between two looks
+    changes = {"rollout.carry": 3, "eval.every": 0, "student.sft.steps": 0}
+    changes |= {"rollout.temperature": 1.3}
+    found = run(tmp_path / "whole", cache, steps=4, **changes)
+    stale = [row["rollout/stale_frac"] for row in found]
+    assert stale[0] == 0
+    assert max(stale) > 0
+    assert all(0 <= row["rollout/carried_frac"] <= 1 for row in found)
+    assert all(np.isfinite(row["loss"]) for row in found)
+    assert all(row["policy/ratio_mean"] != 1.0 for row in found if row["rollout/stale_frac"])
+    run(tmp_path / "parts", cache, steps=2, **changes)
+    assert run(tmp_path / "parts", cache, steps=4, **changes) == found
+    assert samples(tmp_path / "parts") == samples(tmp_path / "whole")
 
 
 def test_distil_then_reinforce(cache, tmp_path):

@@ -118,6 +118,21 @@ class ModelConfig:
         if problems:
             raise UserError(*problems)
 
+    @property
+    def layer_matrices(self) -> int:
+        """Numbers in the matrices of one layer: what a token is multiplied with."""
+        d, h = self.hidden_size, self.head_dim
+        return 2 * d * h * (self.num_heads + self.num_kv_heads) + 3 * d * self.mlp_size
+
+    @property
+    def num_params(self) -> int:
+        """Numbers in all weights."""
+        d, h = self.hidden_size, self.head_dim
+        layer = self.layer_matrices + 2 * d
+        layer += h * (self.num_heads + 2 * self.num_kv_heads) * self.qkv_bias + 2 * h * self.qk_norm
+        tables = self.vocab_size * d * (1 if self.tie_embeddings else 2)
+        return self.num_layers * layer + tables + d
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], source: str = "config.json") -> ModelConfig:
         """The config that `config`, the contents of a config.json, describes.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -46,6 +47,35 @@ class Finished(NamedTuple):
     """p·G + g."""
     tokens: Int[np.ndarray, "n"]
     """Without the end token."""
+
+
+def finished_requests(
+    rollouts: Rollouts, numbers: Int[np.ndarray, "n"] | None = None
+) -> list[Finished]:
+    """Those of host rollouts that have ended, or the ones of `numbers`."""
+    ends, lengths = rollouts.finish_reason.reshape(-1), rollouts.lengths.reshape(-1)
+    tokens = rollouts.tokens.reshape(len(ends), -1)
+    chosen = np.flatnonzero(ends != UNFINISHED) if numbers is None else numbers
+    keep = lengths - (ends == FINISH_EOS)
+    return [Finished(int(n), tokens[n, : keep[n]]) for n in chosen]
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStats:
+    """What the devices did for some requests; sums add up."""
+
+    steps: int = 0
+    """Runs of the model over the decode batch."""
+    slot_steps: int = 0
+    """Slots of these runs: tokens that could have been drawn."""
+    tokens: int = 0
+    """Drawn by requests."""
+    context: int = 0
+    """Tokens of cache that the drawn ones looked at, themselves included."""
+
+    def __add__(self, other: DecodeStats) -> DecodeStats:
+        mine, theirs = dataclasses.astuple(self), dataclasses.astuple(other)
+        return DecodeStats(*(a + b for a, b in zip(mine, theirs, strict=True)))
 
 
 class Call:
@@ -98,6 +128,7 @@ class Call:
         self._slots = engine._empty(seats, self._window)
 
         self._ended = np.zeros(0, np.int64)
+        self._before, self._steps, self._slot_steps = self._lengths.copy(), 0, 0
 
     @property
     def unfinished(self) -> bool:
@@ -124,6 +155,9 @@ class Call:
         """Wait for the chunk; book its tokens and who has ended."""
         chunk, slots = jax.device_get(self._chunk), self._seats.taken
         requests, counts = self._seats.request[slots], chunk.counts[slots]
+        steps = int(chunk.counts.max())  # some slot runs to the end of a chunk
+        self._steps += steps
+        self._slot_steps += steps * len(chunk.counts)
         drawn = np.arange(chunk.tokens.shape[1]) < counts[:, None]
         which, column = np.nonzero(drawn)
         where = requests[which], self._lengths[requests[which]] + column
@@ -138,9 +172,21 @@ class Call:
 
     def report(self, on_finished: Callable[[list[Finished]], Any]) -> None:
         """Hand over what the last `collect` saw end."""
-        keep = self._lengths - (self._finish == FINISH_EOS)
         if self._ended.size:
-            on_finished([Finished(int(n), self._tokens[n, : keep[n]]) for n in self._ended])
+            on_finished(finished_requests(self.rollouts(), self._ended))
+
+    @property
+    def stats(self) -> DecodeStats:
+        """What has been done so far."""
+        prompts = np.repeat(self._prompts.lengths, self._group)
+
+        def seen(lengths: Int[np.ndarray, "n"]) -> int:
+            # The first token is drawn with the whole prompt in sight, each later one with one more.
+            return int((lengths * prompts + lengths * (lengths - 1) // 2).sum())
+
+        before, now = self._before.astype(np.int64), self._lengths.astype(np.int64)
+        drawn, context = int((now - before).sum()), seen(now) - seen(before)
+        return DecodeStats(self._steps, self._slot_steps, drawn, context)
 
     def rollouts(self) -> Rollouts:
         """The results so far."""

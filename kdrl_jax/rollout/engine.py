@@ -15,13 +15,18 @@ from jax.sharding import Mesh
 from jaxtyping import PRNGKeyArray
 
 from kdrl_jax.rollout import decode as device
-from kdrl_jax.rollout.call import Call, Finished
+from kdrl_jax.rollout.call import Call, DecodeStats, Finished
 from kdrl_jax.rollout.schedule import window_sizes
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.types import Params, Prompts, Rollouts, SamplingParams
 
 CHUNK = 32
 """Tokens that a slot draws at most between two looks of the host."""
+
+
+def chunk_size(max_new_tokens: int) -> int:
+    """One chunk for a small budget: nothing is gained by looking in between."""
+    return CHUNK if max_new_tokens > 2 * CHUNK else max_new_tokens
 
 
 class RolloutEngine:
@@ -37,6 +42,9 @@ class RolloutEngine:
       max_new_tokens: T, the completion slots; the end token takes one.
       slots: requests that are decoded at once; 0: all that are asked for.
       mesh: where the parameters are; default: the first device.
+
+    Attributes:
+      last: what the last `generate` did.
     """
 
     def __init__(
@@ -53,8 +61,8 @@ class RolloutEngine:
         self.prompt_buckets = tuple(prompt_buckets)
         self.max_new_tokens = max_new_tokens
         self.slots = slots
-        # One chunk for a small budget: nothing is gained by looking in between.
-        self._chunk = CHUNK if max_new_tokens > 2 * CHUNK else max_new_tokens
+        self.last = DecodeStats()
+        self._chunk = chunk_size(max_new_tokens)
         longest = max(prompt_buckets) + max_new_tokens + self._chunk
         self._windows = window_sizes(longest, min(prompt_buckets) + self._chunk)
         bound = functools.partial
@@ -123,4 +131,5 @@ class RolloutEngine:
                 call.report(on_finished)
                 call.collect()
         call.report(on_finished)
+        self.last = call.stats
         return call.rollouts()

@@ -129,6 +129,7 @@ def build_batch(
     mask_final_eos: bool,
     max_new_tokens: int,
     mini_batches: int,
+    carried: bool = False,
 ) -> TrainBatch:
     """Fill the slots of the objective. Jit it with everything but the arrays bound.
 
@@ -145,6 +146,7 @@ def build_batch(
         another token than the student.
       max_new_tokens: the budget, by which `seq-mean-token-sum-norm` divides.
       mini_batches: M, which divides P.
+      carried: rollouts may have been begun by earlier students: ratios are to their own log-probs.
 
     Returns:
       A batch with a leading axis: `[M, B / M, …]`. The weights are normalised within each of the
@@ -192,7 +194,7 @@ def build_batch(
         positions=rows.positions,
         segment_ids=rows.segment_ids,
         sampler_log_probs=lay(sampler),
-        old_log_probs=scores.old_log_probs,
+        old_log_probs=lay(sampler) if carried else scores.old_log_probs,
         teacher_log_probs=teacher,
         advantages=lay(jnp.broadcast_to(advantages.reshape(p * g, 1), (p * g, t))),
         weights=lay(weights),

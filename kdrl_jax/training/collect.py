@@ -13,11 +13,28 @@ from jaxtyping import Bool, Float
 
 from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
-from kdrl_jax.rollout import Finished, RolloutEngine, request_keys
+from kdrl_jax.rollout import (
+    DecodeStats,
+    Finished,
+    RolloutEngine,
+    finished_requests,
+    request_keys,
+)
+from kdrl_jax.training.carried import (
+    Group,
+    from_text,
+    join_groups,
+    new_group,
+    split_groups,
+    to_text,
+)
 from kdrl_jax.training.evaluation import EncodedProblem
-from kdrl_jax.types import Params, Problem, Rollouts, SamplingParams, Verdict
+from kdrl_jax.types import UNFINISHED, Params, Problem, Rollouts, SamplingParams, Verdict
 
 Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
+
+NOT_GRADED = Verdict(0.0, "unparsable")
+"""Of a request that goes on in the next step, which nobody asks for."""
 
 
 def mixed(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
@@ -31,7 +48,11 @@ def solved(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
 
 
 class Collected:
-    """P·G rollouts of one step with their texts. Asking for `verdicts` waits for the grader."""
+    """P·G rollouts of one step with their texts. Asking for `verdicts` waits for the grader.
+
+    Args:
+      decoding: what drawing them took, with those that were replaced.
+    """
 
     def __init__(
         self,
@@ -39,10 +60,11 @@ class Collected:
         rollouts: Rollouts,
         texts: Sequence[str],
         grade: Callable[[], list[Verdict]],
-        metrics: dict[str, float],
+        decoding: DecodeStats,
     ):
         self.asked, self.rollouts, self.texts = asked, rollouts, texts
-        self.metrics = metrics
+        self.decoding = decoding
+        self.metrics: dict[str, float] = {}
         self._grade = grade
 
     @functools.cached_property
@@ -65,6 +87,9 @@ class Collector:
       sampling: see `sampling_params`; for the [P, G] requests of a rollout batch.
       refill: how many more rollout batches may be drawn to replace groups that are not `useful`
         (dynamic sampling, DAPO, arXiv 2503.14476). What cannot be replaced stays.
+      carry: problems that are sampled beyond the P of a step, which begins as soon as P are done.
+        The others go on in the next step (partial rollouts, arXiv 2501.12599).
+      carried: those of an earlier collector, from its `carried`.
     """
 
     def __init__(
@@ -79,14 +104,23 @@ class Collector:
         seed: int,
         refill: int = 0,
         useful: Useful = mixed,
+        carry: int = 0,
+        carried: str = "",
     ):
         self._engine, self._problems, self._batches = engine, problems, batches
         self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
         self._seed, self._refill, self._useful = seed, refill, useful
         self._seen: dict[int, float] = {}  # mean length of a problem's last completions
         self._group = sampling.max_new_tokens.shape[1]
+        self._carry, self._carried = carry, from_text(carried)
         # Groups of several batches are joined, so they must be of one width.
-        self._buckets = engine.prompt_buckets[-1:] if refill else engine.prompt_buckets
+        joined = refill or carry
+        self._buckets = engine.prompt_buckets[-1:] if joined else engine.prompt_buckets
+
+    @property
+    def carried(self) -> str:
+        """What a step left to the next one, for a checkpoint."""
+        return to_text(self._carried)
 
     def collect(
         self, params: Params, position: int, meanwhile: Callable[[], Any] = lambda: None
@@ -95,9 +129,11 @@ class Collector:
 
         Args:
           params: of the model that samples.
-          position: the next rollout batch of the data.
+          position: the next rollout batch of the data; with `carry` the next problem.
           meanwhile: called while the devices sample.
         """
+        if self._carry:
+            return self._go_on(params, position, meanwhile)
         found, position = self._draw(params, position, meanwhile), position + 1
         if not self._refill:
             return found, position
@@ -113,10 +149,55 @@ class Collector:
         }
         return found, position
 
+    def _go_on(
+        self, params: Params, position: int, meanwhile: Callable[[], Any]
+    ) -> tuple[Collected, int]:
+        """The first P problems that are done, of those that were begun before and new ones."""
+        wanted, groups = self._batches.per_step, list(self._carried)
+        while len(groups) < wanted + self._carry:
+            problem = int(self._batches[position // wanted][position % wanted])
+            groups.append(new_group(position, problem, self._group, self._engine.max_new_tokens))
+            position += 1
+        before = np.array([group.lengths.sum() for group in groups])
+        found = self._sample(
+            params,
+            [group.problem for group in groups],
+            [group.place // wanted for group in groups],
+            meanwhile,
+            groups=groups,
+        )
+        done = (found.rollouts.finish_reason != UNFINISHED).all(axis=1)
+        # Those in front were begun first.
+        picks = np.flatnonzero(done)[:wanted].tolist()
+        rest = [p for p in range(len(groups)) if p not in picks]
+        self._carried = split_groups(groups, found.rollouts, rest)
+        total = found.rollouts.lengths[picks].sum()
+        found = self._pick(found, picks)
+        found.metrics = {
+            "rollout/carried_frac": float((before[picks] > 0).mean()),
+            "rollout/stale_frac": float(before[picks].sum() / total),
+        }
+        return found, position
+
     def _draw(
         self, params: Params, position: int, meanwhile: Callable[[], Any] = lambda: None
     ) -> Collected:
         chosen = self._batches[position]
+        return self._sample(params, chosen.tolist(), position, meanwhile)
+
+    def _sample(
+        self,
+        params: Params,
+        chosen: Sequence[int],
+        position: int | Sequence[int],
+        meanwhile: Callable[[], Any],
+        groups: Sequence[Group] | None = None,
+    ) -> Collected:
+        """Rollouts of the problems `chosen`, drawn with keys of `position`.
+
+        Args:
+          groups: what there is of them; then P done ones are enough.
+        """
         asked = [self._problems[i] for i in chosen]
         prompts = pad_prompts([ids for _, ids in asked], self._buckets, self._tokenizer.pad_id)
         keys = request_keys(self._seed, position, chosen, self._group)
@@ -132,8 +213,13 @@ class Collector:
 
         def grade() -> list[Verdict]:
             found = {n: v for ns, job in graded for n, v in zip(ns, job.result(), strict=True)}
-            return [found[number] for number in range(len(texts))]
+            return [found.get(number, NOT_GRADED) for number in range(len(texts))]
 
+        options: dict[str, Any] = {}
+        if groups is not None:
+            begun = join_groups(groups, prompts)
+            options = {"begun": begun, "enough": self._batches.per_step}
+            read(finished_requests(begun))
         rollouts = self._engine.generate(
             params,
             prompts,
@@ -142,9 +228,12 @@ class Collector:
             expected_lengths=self._expected(chosen),
             meanwhile=meanwhile,
             on_finished=read,
+            **options,
         )
-        self._seen.update(zip(chosen, rollouts.lengths.mean(1).tolist(), strict=True))
-        return Collected(asked, rollouts, texts, grade, {})
+        done = (rollouts.finish_reason != UNFINISHED).all(axis=1)
+        lengths = rollouts.lengths.mean(1)[done].tolist()
+        self._seen.update(zip(np.asarray(chosen)[done].tolist(), lengths, strict=True))
+        return Collected(asked, rollouts, texts, grade, self._engine.last)
 
     def _grade(self, texts: list[str], problems: list[Problem]) -> Future[list[Verdict]]:
         """Verdicts on a response to each problem, from processes that work beside the devices."""
@@ -163,15 +252,27 @@ class Collector:
         groups = len(useful)
         spare = iter(np.flatnonzero(self._useful(more.rewards)) + groups)
         picks = [p if good else int(next(spare, p)) for p, good in enumerate(useful)]
-        rollouts = jax.tree.map(
-            lambda a, b: np.concatenate([a, b])[picks], found.rollouts, more.rollouts
+        rollouts = jax.tree.map(lambda a, b: np.concatenate([a, b]), found.rollouts, more.rollouts)
+        verdicts = [*found.verdicts, *more.verdicts]
+        both = Collected(
+            [*found.asked, *more.asked],
+            rollouts,
+            [*found.texts, *more.texts],
+            lambda: verdicts,
+            found.decoding + more.decoding,
         )
+        return self._pick(both, picks)
 
-        def flat(first: Sequence[Any], second: Sequence[Any]) -> list[Any]:
-            both = [*first, *second]
-            return [both[p * self._group + g] for p in picks for g in range(self._group)]
+    def _pick(self, found: Collected, picks: Sequence[int]) -> Collected:
+        """The problems number `picks` alone."""
 
-        verdicts = flat(found.verdicts, more.verdicts)
-        asked = [*found.asked, *more.asked]
-        texts = flat(found.texts, more.texts)
-        return Collected([asked[p] for p in picks], rollouts, texts, lambda: verdicts, {})
+        def flat(x: Sequence[Any]) -> list[Any]:
+            return [x[p * self._group + g] for p in picks for g in range(self._group)]
+
+        return Collected(
+            [found.asked[p] for p in picks],
+            jax.tree.map(lambda x: x[list(picks)], found.rollouts),
+            flat(found.texts),
+            lambda: flat(found.verdicts),
+            found.decoding,
+        )

@@ -94,6 +94,7 @@ class Learner:
                 mask_final_eos=mask_final_eos,
                 max_new_tokens=config.rollout.max_new_tokens,
                 mini_batches=config.mini_batches,
+                carried=config.rollout.carry > 0,
             )
         )
         self._update = make_update(
@@ -170,7 +171,9 @@ class Learner:
         k = self._config.kd_topk.k
         if estimator == "topk" and self._config.kd_topk.support == "student":
             old, support, _ = self._of_student.top_support(params, rows, k, length, heat)
-        if self._sizes.updates > 1 and old is None:
+        # Of partial rollouts, the old student is the one that drew them.
+        compared = self._sizes.updates > 1 and not self._config.rollout.carry
+        if compared and old is None:
             old = self._of_student.log_probs(params, rows, length, heat)
         if self._reference:
             reference = self._of_student.log_probs(self._reference.params, rows, length, heat)
@@ -185,7 +188,7 @@ class Learner:
             else:
                 scored = ask.log_probs(weights, rows, length, heat)
         return Scores(
-            old_log_probs=old if self._sizes.updates > 1 else None,
+            old_log_probs=old if compared else None,
             reference_log_probs=reference,
             teacher_log_probs=scored,
             support=support,

@@ -18,6 +18,10 @@ from tensorboardX import SummaryWriter
 
 from kdrl_jax.types import UserError
 
+CLOCKED = ("time/", "tokens_per_s/", "perf/", "share/")
+"""How metrics begin that depend on the wall clock, or on the order in which slots were filled:
+the only ones in which two equal runs may differ."""
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

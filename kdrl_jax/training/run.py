@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from kdrl_jax.objectives import Trend
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collected
+from kdrl_jax.training.memory_check import MemoryCheck, out_of_memory
 from kdrl_jax.training.metrics import (
     CompileCounter,
     Display,
@@ -25,8 +26,9 @@ from kdrl_jax.training.metrics import (
     read_metrics,
     write_atomic,
 )
+from kdrl_jax.training.performance import Ideal, Meter, speeds
 from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
-from kdrl_jax.types import Rollouts, TrainState, UserError
+from kdrl_jax.types import Rollouts, Scores, TrainState, UserError
 
 
 class StopRequest:
@@ -71,6 +73,8 @@ class Run:
       start: updates already made; lines of `metrics.jsonl` after it are dropped.
       data: digest of the problems, kept with each checkpoint.
       trend: of KL and reward up to `start`.
+      memory: explains it when the devices run out of memory.
+      meter: of the speed of a step.
     """
 
     def __init__(
@@ -82,8 +86,11 @@ class Run:
         display: Display,
         data: str,
         trend: Trend,
+        memory: MemoryCheck,
+        meter: Meter,
     ):
         self._data, self.trend = data, trend
+        self._memory, self._meter, self._step = memory, meter, start or 0
         self.config, self.workdir, self.store = config, workdir, store
         self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
         self.stopping = StopRequest()
@@ -91,16 +98,23 @@ class Run:
         self._writer = MetricsWriter(workdir, start)
         self._track = self.display.track("step", config.steps, start or 0)
         self._pending: tuple[int, Any, dict[str, float]] | None = None
+        self._ideal: Ideal | None = None
 
     def __enter__(self) -> Run:
         self.stopping.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stopping.__exit__()
         self._track.close()
         self._writer.close()
         self.store.close()
+        if error is not None and out_of_memory(error):
+            # The state may have been donated: nothing can be saved any more.
+            waiting = self._pending is not None and self.clock.phase == "update"
+            step = self._step if waiting else self._step + 1
+            saved = self.store.latest_step()
+            raise self._memory.explain(error, self.clock.phase, step, saved) from error
 
     def step_done(
         self,
@@ -109,24 +123,29 @@ class Run:
         scalars: Mapping[str, float],
         rollouts: Rollouts,
         found: Collected,
+        scores: Scores,
     ) -> None:
         """Remember a step, whose `metrics` may not have been computed yet."""
-        rewards = found.rewards
-        numbers = {**scalars, **rollout_metrics(rollouts, found.verdicts, rewards)}
+        numbers = {**scalars, **rollout_metrics(rollouts, found.verdicts, found.rewards)}
         numbers |= self.clock.take()
-        numbers["tokens_per_s/rollout"] = (
-            numbers["length/mean"] * rewards.size / numbers["time/rollout_s"]
-        )
-        self._pending = (step, metrics, numbers)
+        self._ideal = self._meter.ideal(found, scores)
+        self._pending, self._step = (step, metrics, numbers), step
+        self.clock.phase = "rollout"
 
-    def wait(self) -> dict[str, float] | None:
-        """Wait for the remembered step's update; its numbers, or None if there is none."""
+    def wait(self, then: str = "rollout") -> dict[str, float] | None:
+        """Wait for the remembered step's update; its numbers, or None if there is none.
+
+        Args:
+          then: what comes next, for the clock.
+        """
         if self._pending is None:
+            self.clock.phase = then
             return None
         step, metrics, numbers = self._pending
         if metrics is not None:
+            self.clock.phase = "update"
             numbers |= {name: float(value) for name, value in jax.device_get(metrics).items()}
-            self.clock.lap("update")
+            self.clock.lap("update", then)
             numbers |= self.clock.take()
             numbers["time/compilations"] = self.compiles.count
             self._pending = (step, None, numbers)
@@ -138,7 +157,9 @@ class Run:
         if numbers is None:
             return
         assert self._pending
+        assert self._ideal
         step, _, _ = self._pending
+        numbers |= speeds(self._ideal, numbers)
         self._pending = None
         if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient/norm"])):
             saved = self.store.latest_step()
@@ -173,11 +194,11 @@ class Run:
             path = self.workdir / "samples" / f"step_{step:06d}.jsonl"
             write_samples(path, found, s.count)
 
-    def save(self, step: int, state: TrainState, position: int) -> None:
+    def save(self, step: int, state: TrainState, position: int, carried: str) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
         self.settle()
         meta = {"step": step, "seed": self.config.seed, "data_position": position}
-        meta |= {"data": self._data, "trend": list(self.trend)}
+        meta |= {"data": self._data, "trend": list(self.trend), "carried": carried}
         self.store.save(step, state, meta)
         self.clock.lap("checkpoint")
 

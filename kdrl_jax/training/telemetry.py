@@ -17,18 +17,23 @@ from kdrl_jax.types import FINISH_LENGTH, OUTCOMES, Rollouts, Verdict
 
 
 class StepClock:
-    """Wall time by phase: `lap(name)` books the time since the last lap to `time/NAME_s`."""
+    """Wall time by phase: `lap(name)` books the time since the last lap to `time/NAME_s`.
+
+    Attributes:
+      phase: what the time is being spent on now.
+    """
 
     def __init__(self) -> None:
+        self.phase = "rollout"
         self._last = time.perf_counter()
         self._booked: dict[str, float] = {}
 
-    def lap(self, name: str) -> None:
-        """The time since the last lap was spent on `name`, in seconds."""
+    def lap(self, name: str, then: str = "rollout") -> None:
+        """The time since the last lap was spent on `name`, in seconds; `then` comes next."""
         now = time.perf_counter()
         key = f"time/{name}_s"
         self._booked[key] = self._booked.get(key, 0.0) + now - self._last
-        self._last = now
+        self._last, self.phase = now, then
 
     def take(self) -> dict[str, float]:
         """What has been booked since the last call."""

@@ -65,7 +65,8 @@ _NOT_NEGATIVE = (
     *("seed", "rollout.top_k", "rollout.min_p", "clip_eps_low", "clip_eps_high", "eval.every"),
     *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
     *("samples.count", "eval.temperature", "data.seed"),
-    *("reference_coef", "tis_cap", "rollout.refill", "rollout.slots"),
+    *("reference_coef", "tis_cap", "memory_gib"),
+    *("rollout.refill", "rollout.slots", "rollout.carry"),
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
     *("optimizer.b1", "optimizer.b2"),
@@ -79,8 +80,9 @@ _POSITIVE = (
 # Keys that may change between a run and its resumption; all others shape the result.
 RESUMABLE_CHANGES = (
     *("steps", "checkpoint.", "samples.", "mesh.", "teacher_mesh.", "cache_dir", "micro_batch"),
-    *("reward.workers", "logprob_chunk", "rollout.slots"),
+    *("reward.workers", "logprob_chunk", "rollout.slots", "memory_gib"),
     *("optimizer.offload", "teacher.offload"),
+    *(f"{role}.remat" for role in ROLES),
 )
 
 
@@ -227,6 +229,12 @@ def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
             f"rollout.refill: {flat['rollout.refill']}, but objective={objective!r} learns from "
             "every group whatever its rewards; set it to 0"
         )
+    if flat["rollout.carry"] and (method.supervised or flat["rollout.refill"]):
+        other = f"objective={objective!r}" if method.supervised else "rollout.refill"
+        yield (
+            f"rollout.carry: {flat['rollout.carry']} does not go with {other}, which looks for "
+            "groups of another kind; set one of them to 0"
+        )
     if not method.kd and flat["kd_estimator"] in ("topk", "full"):
         yield (
             f"kd_estimator: {flat['kd_estimator']!r} has no effect with objective={objective!r}, "
@@ -244,6 +252,7 @@ def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
             "probabilities that tokens were drawn with, so sample untruncated or set tis_cap=0"
         )
     compared = {"tis_cap": bool(flat["tis_cap"]), "objective": method.shaped}
+    compared["rollout.carry"] = bool(flat["rollout.carry"])
     for key in [k for k, used in compared.items() if used and not same_heat]:
         yield (
             f"{key}: {flat[key]!r} compares with the sampler's log-probs, which are at "
