@@ -1,11 +1,14 @@
 """Measure kdrl_jax and other libraries on the same work, in turns, and print ratios.
 
-    python benchmarks/peers/compare.py --tunix=ENV/bin/python [--workloads=W1,W2,W3,W4] \
-        [--shape=small] [--pairs=3] [--output=FILE.json]
+    python benchmarks/peers/compare.py [--tunix=ENV/bin/python] [--trl=ENV/bin/python] \
+        [--workloads=W1,W2,W3,W4] [--shape=small] [--dtype=float32] [--rounds=3] \
+        [--output=FILE.json]
 
-ENV is a virtual environment of the other library's own: `pip install google-tunix==0.1.7`. A pair
-is one process of each, one after the other; the ratio of a workload is the median over the pairs,
-so that what else the machine does strikes both alike. W5 takes --length and --shape=small152k.
+Each ENV is a virtual environment of the other library's own: `pip install google-tunix==0.1.7`,
+`pip install trl==1.16.0 torch==2.13.0`. A round is one process of each, one after the other; a
+ratio is the median over the rounds, so that what else the machine does strikes all alike. Bar: as
+fast as each of them and no more memory. W5 takes --shape=small152k; --rows and --length change a
+workload's size, see workloads.py.
 """
 
 import argparse
@@ -16,53 +19,67 @@ import subprocess
 import sys
 from pathlib import Path
 
+import workloads as w
+
 HERE = Path(__file__).parent
-SEPARATE = {"W3": ["", "distill"], "W1": ["", "log_probs"]}  # variants of the other library
+LIBRARIES = ["tunix", "trl"]
+# Beside a library's default: what it does more there than kdrl_jax, or what kdrl_jax does always.
+VARIANTS = {
+    ("tunix", "W1"): ["log_probs"],
+    ("tunix", "W3"): ["distill"],
+    ("trl", "W3"): ["distill"],
+}
 
 
 def main() -> None:
     """See the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tunix", required=True, help="python of its environment")
+    for name in LIBRARIES:
+        parser.add_argument(f"--{name}", help="python of its environment")
     parser.add_argument("--workloads", default="W1,W2,W3,W4")
-    parser.add_argument("--shape", default="small")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--pairs", type=int, default=3)
+    w.add_sizes(parser)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="calls a process measures")
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
+    given = [name for name in LIBRARIES if getattr(args, name)]
+    if not given:
+        parser.error("give an environment: --tunix or --trl")
+    sizes = [f"--{k}={getattr(args, k)}" for k in ("shape", "dtype", "rows", "length", "repeats")]
     found = []
-    print("| workload | kdrl_jax, s | MiB | tunix | s | MiB | times as fast | of the memory |")
+    print("| workload | kdrl_jax, s | MiB | library | s | MiB | times as fast | of its memory |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     for workload in args.workloads.split(","):
-        options = [f"--workload={workload}", f"--shape={args.shape}", f"--length={args.length}"]
-        for variant in SEPARATE.get(workload, [""]):
-            pairs = []
-            for _ in range(args.pairs):
-                own = run(sys.executable, "run_kdrl.py", options)
-                other = run(args.tunix, "run_tunix.py", [*options, f"--variant={variant}"])
-                pairs.append((own, other))
-            found.append({"workload": workload, "variant": variant, "pairs": pairs})
-            print(row(workload, variant, pairs), flush=True)
+        options = [f"--workload={workload}", *sizes]
+        others = [(n, v) for n in given for v in ["", *VARIANTS.get((n, workload), [])]]
+        rounds = []
+        for _ in range(args.rounds):
+            own = run(sys.executable, "kdrl", options)
+            rest = [run(getattr(args, n), n, [*options, f"--variant={v}"]) for n, v in others]
+            rounds.append([own, *rest])
+        for place, (name, variant) in enumerate(others, 1):
+            pairs = [(each[0], each[place]) for each in rounds]
+            label = f"{name} {variant}".strip()
+            found.append({"workload": workload, "library": label, "pairs": pairs})
+            print(row(workload, label, pairs), flush=True)
     if args.output:
-        args.output.write_text(json.dumps({"shape": args.shape, "found": found}, indent=1) + "\n")
+        settings = {"shape": args.shape, "dtype": args.dtype, "found": found}
+        args.output.write_text(json.dumps(settings, indent=1) + "\n")
 
 
-def run(python: str, script: str, options: list[str]) -> dict[str, float]:
+def run(python: str, library: str, options: list[str]) -> dict[str, float]:
     """The result of one process."""
-    env = {**os.environ, "JAX_PLATFORMS": os.environ.get("JAX_PLATFORMS", "cpu")}
-    root = str(HERE.parent.parent)
-    env["PYTHONPATH"] = root if script == "run_kdrl.py" else ""
-    done = subprocess.run(
-        [python, str(HERE / script), *options], env=env, text=True, capture_output=True, check=False
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    if not lines:
-        sys.exit(f"{script} {' '.join(options)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(lines[-1].removeprefix("RESULT "))
+    command = [python, str(HERE / f"run_{library}.py"), *options]
+    # The other libraries find nothing of this repository.
+    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent) if library == "kdrl" else ""}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
+    if (found := w.result_of(done.stdout)) is None:
+        sys.exit(f"{library} {' '.join(options)} failed:\n{done.stderr[-2000:]}")
+    return found
 
 
-def row(workload: str, variant: str, pairs: list[tuple[dict, dict]]) -> str:
-    """A line of the table: medians, and the median of the ratios."""
+def row(workload: str, label: str, pairs: list[tuple[dict, dict]]) -> str:
+    """A line of the table: medians, and the medians of the ratios."""
 
     def median(values) -> float:
         return statistics.median(values)
@@ -72,7 +89,7 @@ def row(workload: str, variant: str, pairs: list[tuple[dict, dict]]) -> str:
     faster = median(b["seconds"] / a["seconds"] for a, b in pairs)
     leaner = median(a["peak_mib"] / b["peak_mib"] for a, b in pairs)
     return (
-        f"| {workload} | {times[0]:.3f} | {memory[0]:.0f} | {variant or 'default'} | "
+        f"| {workload} | {times[0]:.3f} | {memory[0]:.0f} | {label} | "
         f"{times[1]:.3f} | {memory[1]:.0f} | {faster:.2f} | {leaner:.2f} |"
     )
 

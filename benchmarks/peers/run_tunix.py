@@ -23,10 +23,10 @@ PAD, END = 0, 1
 logging.disable(logging.WARNING)
 
 
-def make_model(shape: w.Shape, remat: bool) -> nnx.Module:
-    """Random weights: every matrix N(0, 0.02²), since the MLP is initialised with zeros."""
+def model_config(args, shape: w.Shape, frozen: bool = False) -> qwen3.ModelConfig:
+    """Weights are float32 to be trained, in the compute dtype else."""
     kind = qwen3.RematConfig
-    config = qwen3.ModelConfig(
+    return qwen3.ModelConfig(
         num_layers=shape.layers,
         vocab_size=shape.vocab,
         embed_dim=shape.width,
@@ -37,9 +37,15 @@ def make_model(shape: w.Shape, remat: bool) -> nnx.Module:
         rope_theta=1_000_000,
         norm_eps=1e-6,
         use_tied_embedding=True,
-        remat_config=kind.DECODER if remat else kind.NONE,
+        remat_config=kind.DECODER if args.variant == "remat" else kind.NONE,
+        dtype=jnp.dtype(args.dtype),
+        param_dtype=jnp.dtype(args.dtype if frozen else "float32"),
     )
-    model = qwen3.Qwen3(config, rngs=nnx.Rngs(0))
+
+
+def make_model(args, frozen: bool = False) -> nnx.Module:
+    """Random weights: every matrix N(0, 0.02²), since the MLP is initialised with zeros."""
+    model = qwen3.Qwen3(model_config(args, w.SHAPES[args.shape], frozen), rngs=nnx.Rngs(0))
     keys = (jax.random.key(i) for i in itertools.count())
 
     def draw(x):
@@ -90,12 +96,11 @@ def ending_sampler(vocab: int):
 
 
 def rollout(args, shape: w.Shape) -> None:
-    count, most = w.ROLLOUT[args.workload]
+    count, most = args.rows, args.length
     at_once, kind, ends = count, sampler.Sampler, [-1]
-    ids = w.prompts(shape, count)
-    lengths = [most] * count
+    ids = w.prompts(shape.vocab, count)
+    lengths = w.wanted_lengths(args.workload, count, most).tolist()
     if args.workload == "W2":
-        lengths = w.long_tail(count, most).tolist()
         ids[:, 0] = [n + 8 for n in lengths]
         at_once, kind, ends = w.AT_ONCE, ending_sampler(shape.vocab), [END]
     cache = sampler.CacheConfig(
@@ -104,7 +109,7 @@ def rollout(args, shape: w.Shape) -> None:
         num_kv_heads=shape.kv_heads,
         head_dim=shape.head_dim,
     )
-    draw = kind(make_model(shape, remat=False), Ids(), cache)
+    draw = kind(make_model(args, frozen=True), Ids(), cache)
     texts = [" ".join(map(str, row)) for row in ids]
     seeds = itertools.count()
 
@@ -129,8 +134,8 @@ def rollout(args, shape: w.Shape) -> None:
 
 
 def score(args, shape: w.Shape) -> None:
-    graph, state = nnx.split(make_model(shape, remat=False))
-    tokens = jnp.asarray(w.train_rows(shape, "W4", 0)["tokens"])
+    graph, state = nnx.split(make_model(args, frozen=True))
+    tokens = jnp.asarray(w.train_rows(shape, args.rows, args.length)["tokens"])
     options = {"pad_id": PAD, "eos_id": END, "stop_gradient": True, "return_logits": False}
 
     def run() -> None:
@@ -144,19 +149,17 @@ def score(args, shape: w.Shape) -> None:
 
 
 def optimizer():
-    adam = {key: value for key, value in w.ADAM.items() if key != "learning_rate"}
-    return optax.adamw(w.ADAM["learning_rate"], **adam)
+    return optax.adamw(**w.ADAM)
 
 
-def train(args, shape: w.Shape) -> None:
-    data = {k: jnp.asarray(v) for k, v in w.train_rows(shape, args.workload, args.length).items()}
-    prompt, completion = data["tokens"][:, : w.PROMPT], data["tokens"][:, w.PROMPT :]
+def make_trainer(model: nnx.Module) -> trainer.Trainer:
+    """Its trainer with its GRPO loss."""
     algorithm = grpo_learner.GRPOConfig(
         num_generations=8, beta=w.KL_WEIGHT, kl_loss_mode="mse_kl", epsilon=0.2
     )
     algorithm.temperature = 1.0
     training = trainer.Trainer(
-        make_model(shape, remat=args.variant == "remat"),
+        model,
         optimizer(),
         peft_trainer.TrainingConfig(eval_every_n_steps=10**9, max_steps=100),
         custom_checkpoint_metadata_fn=dict,
@@ -169,7 +172,14 @@ def train(args, shape: w.Shape) -> None:
 
     training.with_loss_fn(loss, has_aux=True)
     training.with_gen_model_input_fn(lambda x: {"train_example": x, "algo_config": algorithm})
-    example = grpo_learner.TrainExample(
+    return training
+
+
+def make_example(args, shape: w.Shape) -> grpo_learner.TrainExample:
+    """The rows as its loss wants them."""
+    data = jax.tree.map(jnp.asarray, w.train_rows(shape, args.rows, args.length))
+    prompt, completion = data["tokens"][:, : w.PROMPT], data["tokens"][:, w.PROMPT :]
+    return grpo_learner.TrainExample(
         prompt_ids=prompt,
         prompt_mask=jnp.ones_like(prompt),
         completion_ids=completion,
@@ -178,17 +188,21 @@ def train(args, shape: w.Shape) -> None:
         ref_per_token_logps=data["teacher"],
         old_per_token_logps=data["old"],
     )
+
+
+def train(args, shape: w.Shape) -> None:
+    training, example = make_trainer(make_model(args)), make_example(args, shape)
     step, _ = training.jit_train_and_eval_step()
 
     def run() -> None:
         out = step(example)
         jax.block_until_ready((out, nnx.state(training.optimizer)))
 
-    w.measure(run, data["tokens"].size, args.repeats)
+    w.measure(run, args.rows * args.length, args.repeats)
 
 
 def distill(args, shape: w.Shape) -> None:
-    tokens = jnp.asarray(w.train_rows(shape, "W3", 0)["tokens"])
+    tokens = jnp.asarray(w.train_rows(shape, args.rows, args.length)["tokens"])
 
     def forward(model, input_tokens, input_mask):
         positions = common.build_positions_from_mask(input_mask)
@@ -196,8 +210,8 @@ def distill(args, shape: w.Shape) -> None:
         return model(input_tokens, positions, None, mask)[0]
 
     training = distillation_trainer.DistillationTrainer(
-        make_model(shape, remat=False),
-        make_model(shape, remat=False),
+        make_model(args),
+        make_model(args, frozen=True),
         strategies.LogitStrategy(
             student_forward_fn=forward,
             teacher_forward_fn=forward,
