@@ -109,7 +109,7 @@ def train_batch(data: dict[str, np.ndarray], **changes) -> TrainBatch:
         "weights": weight,
         "kd_weights": weight,
     }
-    return TrainBatch(*packed(jnp.asarray(data["tokens"])), **{**fields, **changes})
+    return TrainBatch(*packed(jnp.asarray(data["tokens"]))[:3], **{**fields, **changes})
 
 
 def train(model: Decoder, params: Params, data: dict[str, np.ndarray], chunk: int) -> Run:
