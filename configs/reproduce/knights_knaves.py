@@ -1,8 +1,8 @@
 """KDRL on Knights and Knaves in symbols: the logic task of RLAD, for tiny models.
 
 `b;A|c;A&C` asks who of three tells the truth; a solution tries the assignments one by one, so
-its length varies from 10 to 56 tokens. The teacher solves 97 % of the puzzles, the students about
-a third before they start. The other keys are those of `arithmetic`.
+its length varies from 10 to 56 tokens. The teacher solves 96 % of the puzzles, the students 37 %
+before they start. The other keys are those of `arithmetic`.
 """
 
 from configs.reproduce.arithmetic import get_config as arithmetic
