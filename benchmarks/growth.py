@@ -1,9 +1,9 @@
 """W6: how time and memory of kdrl_jax grow with a row's length and with the group's size.
 
     python benchmarks/growth.py [--shape=small152k] [--dtype=float32] \
-        [--lengths=512,1024,2048,4096,8192] [--groups=4,8,16,32] [--output=FILE.json]
+        [--rows=1] [--lengths=512,1024,2048,4096,8192] [--groups=4,8,16,32] [--output=FILE.json]
 
-A train step of one row of T tokens, and rollouts of 128 tokens by G samples of each of 4 prompts,
+A train step of rows of T tokens, and rollouts of 128 tokens by G samples of each of 4 prompts,
 every size in a process of its own. Bars: time per token is flat in T but for the optimizer, the
 same whatever T, and attention's own FLOPs (time = c + a · T + b · these FLOPs, within 10 %);
 memory grows no faster than T (exponent 1); what the vocabulary adds to the step's activations is
@@ -39,7 +39,7 @@ def main() -> None:
     """Both tables; with --size one line of them."""
     parser = argparse.ArgumentParser(description=__doc__)
     w.add_sizes(parser)
-    parser.set_defaults(shape="small152k")
+    parser.set_defaults(shape="small152k", rows=1)
     parser.add_argument("--lengths", default="512,1024,2048,4096,8192")
     parser.add_argument("--groups", default="4,8,16,32")
     parser.add_argument("--repeats", type=int, default=3)
@@ -50,7 +50,7 @@ def main() -> None:
     if args.size:
         return (one_length if args.of == "length" else one_group)(args)
     lengths = [in_process(args, "length", int(t)) for t in args.lengths.split(",")]
-    print_lengths(w.SHAPES[args.shape], lengths)
+    print_lengths(w.SHAPES[args.shape], args.rows, lengths)
     groups = [in_process(args, "group", int(g)) for g in args.groups.split(",")]
     print_groups(groups)
     if args.output:
@@ -61,7 +61,7 @@ def main() -> None:
 
 def in_process(args, of: str, size: int) -> dict[str, float]:
     """What this script reports of one size."""
-    options = [f"--{key}={getattr(args, key)}" for key in ("shape", "dtype", "repeats")]
+    options = [f"--{key}={getattr(args, key)}" for key in ("shape", "dtype", "rows", "repeats")]
     command = [sys.executable, __file__, f"--of={of}", f"--size={size}", *options]
     root = str(Path(__file__).parent.parent)
     done = subprocess.run(
@@ -77,20 +77,20 @@ def in_process(args, of: str, size: int) -> dict[str, float]:
 
 
 def one_length(args) -> None:
-    """A train step of one row; then the plans of its memory."""
+    """A train step; then the plans of its memory."""
     import jax
     import run_kdrl as own
 
     shape = w.SHAPES[args.shape]
     model = own.make_model(shape, args.dtype)
-    data = w.train_rows(shape, 1, args.size)
+    data = w.train_rows(shape, args.rows, args.size)
     run = own.train(model, jax.jit(model.init)(jax.random.key(0)), data, CHUNK)
     first = w.seconds_of(run, 1)
     seconds, peak = w.seconds_of(run, args.repeats), w.peak_mib()
 
     def temp_bytes(vocab: int) -> int:
         model = own.make_model(shape._replace(vocab=vocab), args.dtype)
-        program = own.lower_train(model, own.one_device(), 1, args.size, CHUNK).compile()
+        program = own.lower_train(model, own.one_device(), args.rows, args.size, CHUNK).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     temp = temp_bytes(shape.vocab)
@@ -121,7 +121,7 @@ def one_group(args) -> None:
     w.report(group=args.size, seconds=seconds, first_s=first, peak_mib=w.peak_mib())
 
 
-def print_lengths(shape: w.Shape, found: list[dict[str, float]]) -> None:
+def print_lengths(shape: w.Shape, rows: int, found: list[dict[str, float]]) -> None:
     """The first table, and what the bars are about."""
     print(
         "| T | step, s | µs a token | attention, % of FLOPs | peak MiB | temp | vocabulary's | % |"
@@ -129,8 +129,9 @@ def print_lengths(shape: w.Shape, found: list[dict[str, float]]) -> None:
     print("| --- | --- | --- | --- | --- | --- | --- | --- |")
     lengths = np.array([x["length"] for x in found], float)
     seconds = np.array([x["seconds"] for x in found])
-    flops = np.array([w.forward_flops(shape, 1, int(t)) for t in lengths])
-    for x, per_token, (total, attention) in zip(found, 1e6 * seconds / lengths, flops, strict=True):
+    flops = np.array([w.forward_flops(shape, rows, int(t)) for t in lengths])
+    each = 1e6 * seconds / rows / lengths
+    for x, per_token, (total, attention) in zip(found, each, flops, strict=True):
         print(
             f"| {x['length']} | {x['seconds']:.3f} | {per_token:.0f} | "
             f"{100 * attention / total:.0f} | {x['peak_mib']:.0f} | {x['temp_mib']:.0f} | "
@@ -139,7 +140,7 @@ def print_lengths(shape: w.Shape, found: list[dict[str, float]]) -> None:
     if len(found) < 4:
         return
     # Relative errors, so that the longest rows do not outweigh the others.
-    terms = np.stack([lengths**0, lengths, flops[:, 1]], 1) / seconds[:, None]
+    terms = np.stack([lengths**0, rows * lengths, flops[:, 1]], 1) / seconds[:, None]
     factors = np.linalg.lstsq(terms, np.ones(len(found)), rcond=None)[0]
     worst = 100 * np.abs(terms @ factors - 1).max()
     of_time, of_temp = (

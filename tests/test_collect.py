@@ -1,14 +1,16 @@
 """Collecting the rollouts of a step: order, lazy grading and dynamic sampling."""
 
+import dataclasses
 from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from kdrl_jax.data import PromptBatches
-from kdrl_jax.rollout import DecodeStats, Finished
+from kdrl_jax.rollout import DecodeStats, Finished, finished_requests
+from kdrl_jax.training.carried import Group, from_text, new_group, to_text
 from kdrl_jax.training.collect import Collector, mixed, solved
-from kdrl_jax.types import FINISH_EOS, Problem, Rollouts, Verdict
+from kdrl_jax.types import FINISH_EOS, UNFINISHED, Problem, Rollouts, Verdict
 
 P, G, T = 4, 2, 3
 # Sixteen problems, and how the two samples of each are graded.
@@ -166,3 +168,84 @@ def test_useful_for_policy_gradients_and_for_rejection_sampling() -> None:
     rewards = np.array([[0, 0], [1, 0], [1, 1]], np.float32)
     assert mixed(rewards).tolist() == [False, True, False]
     assert solved(rewards).tolist() == [False, True, True]
+
+
+# --- partial rollouts -----------------------------------------------------------------------
+
+
+class SlowEngine(Engine):
+    """Draws few tokens a call for sample 1 of every odd problem, and answers the rest at once."""
+
+    max_new_tokens = T
+
+    def generate(self, params, prompts, keys, sampling, *, on_finished, begun, enough, **options):
+        options.pop("meanwhile")()
+        lengths, finish = begun.lengths.copy(), begun.finish_reason.copy()
+        tokens = begun.tokens.copy()
+        answer = np.stack([prompts.tokens[:, -1:] + 0 * np.arange(G), *[0 * tokens[..., 0]] * 2], 2)
+        answer[..., 1] = np.arange(G)
+        before = finish != UNFINISHED
+        slow = (prompts.tokens[:, -1:] % 2 == 0) & (np.arange(G) == 1)
+        lengths = np.where(before | slow, lengths, T)
+        while (lengths == T).all(1).sum() < enough or (lengths[slow] == begun.lengths[slow]).any():
+            lengths = np.where(slow, np.minimum(lengths + 1, T), lengths)
+        lengths = lengths.astype(np.int32)
+        tokens = np.where(np.arange(T) < lengths[..., None], answer, 0).astype(np.int32)
+        finish = np.where(lengths == T, FINISH_EOS, UNFINISHED).astype(np.int32)
+        self.widths.append((lengths.shape[0], enough))
+        out = dataclasses.replace(begun, tokens=tokens, lengths=lengths, finish_reason=finish)
+        ended = np.flatnonzero((finish != UNFINISHED) & ~before)
+        on_finished(finished_requests(out, ended))
+        return out
+
+
+def slow_collector(carried: str = ""):
+    sampling = Sampling()
+    sampling.max_new_tokens = np.zeros((P + 4, G))
+    batches = PromptBatches(len(PROBLEMS), P, 0)
+    options = {"seed": 0, "carry": 4, "carried": carried}
+    engine, grader = SlowEngine(), Grader(lambda i, g: g == 0)
+    made = Collector(engine, PROBLEMS, batches, Tokenizer(), grader, sampling, **options)
+    return made, engine
+
+
+def test_groups_that_are_not_done_go_on_in_the_next_step() -> None:
+    made, engine = slow_collector()
+    position, steps, texts = 0, [], []
+    for _ in range(4):
+        found, position = made.collect(None, position)
+        consistent(found)
+        np.testing.assert_array_equal(found.rewards, [[1, 0]] * P)
+        steps.append([int(p.id[1:]) for p, _ in found.asked])
+        texts.append(found.metrics)
+        # A collector that starts from what was saved does the same.
+        again, _ = slow_collector(made.carried)
+        assert again.carried == made.carried
+    asked = [i for at in range(-(-position // P)) for i in asked_at(at)][:position]
+    answered = [i for step in steps for i in step]
+    waiting = [group.problem for group in made._carried]
+    assert sorted(answered + waiting) == sorted(asked)
+    assert set(engine.widths) == {(P + 4, P)}
+    assert texts[0]["rollout/carried_frac"] == 0
+    assert max(x["rollout/carried_frac"] for x in texts) > 0
+    assert all(0 <= x["rollout/stale_frac"] <= x["rollout/carried_frac"] for x in texts)
+
+
+def test_what_is_carried_survives_text_bit_for_bit() -> None:
+    rng = np.random.default_rng(0)
+    groups = [
+        new_group(7, 3, G, T),
+        Group(
+            9,
+            1,
+            rng.integers(0, 9, (G, T)).astype(np.int32),
+            rng.normal(size=(G, T)).astype(np.float32),
+            np.array([1, T], np.int32),
+            np.array([UNFINISHED, FINISH_EOS], np.int32),
+        ),
+    ]
+    for before, after in zip(groups, from_text(to_text(groups)), strict=True):
+        for x, y in zip(before, after, strict=True):
+            np.testing.assert_array_equal(x, y)
+            assert getattr(x, "dtype", None) == getattr(y, "dtype", None)
+    assert from_text(to_text([])) == []
