@@ -127,7 +127,8 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
             name = "/".join(parts[start:])
             if any(re.fullmatch(pattern, name) for pattern, _ in PARAM_RULES):
                 spec = param_spec(name) if leaf.ndim else P()
-                return NamedSharding(mesh, spread(spec, leaf) if "opt_state" in parts else spec)
+                spread_out = "opt_state" in parts and mesh.shape["data"] > 1
+                return NamedSharding(mesh, spread(spec, leaf) if spread_out else spec)
         return NamedSharding(mesh, P())
 
     def spread(spec: P, leaf: Any) -> P:

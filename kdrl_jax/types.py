@@ -72,12 +72,18 @@ class Prompts(NamedTuple):
 
 
 class KVCache(NamedTuple):
-    """Keys and values: `[Y, P, K, S, H]` of all layers from a prefill, `[B, K, W, H]` of one in
-    decoding.
+    """Keys and values: of all layers, with an axis Y in front, from a prefill; of one in decoding.
+
+    Columns are the last axis of keys and the last but one of values: so the products with queries
+    and with weights read them best.
     """
 
-    k: Array
-    v: Array
+    k: Float[Array, "B K H W"]
+    v: Float[Array, "B K W H"]
+
+
+COLUMNS = KVCache(k=-1, v=-2)  # type: ignore[arg-type]
+"""Which axis of each array counts columns."""
 
 
 @jax.tree_util.register_dataclass

@@ -125,13 +125,14 @@ def test_prefill_and_decode_equal_the_full_forward(name, dtype, load):
 
     hidden, prompt = jax.jit(model.prefill)(params, prompts, positions, real.astype(int))
     c = model.config
-    assert prompt.k.shape == (c.num_layers, rows, c.num_kv_heads, s, c.head_dim)
+    assert prompt.k.shape == (c.num_layers, rows, c.num_kv_heads, c.head_dim, s)
+    assert prompt.v.shape == (c.num_layers, rows, c.num_kv_heads, s, c.head_dim)
     weights = jax.jit(model.unstack)(params)
     decode = jax.jit(model.decode)
     cache = model.new_cache(rows, s + t)
     cache = [
-        KVCache(*(old.at[:, :, :s].set(new[y]) for old, new in zip(layer, prompt, strict=True)))
-        for y, layer in enumerate(cache)
+        KVCache(old.k.at[..., :s].set(prompt.k[y]), old.v.at[:, :, :s].set(prompt.v[y]))
+        for y, old in enumerate(cache)
     ]
     filled, decoded = lengths, []
     for _ in range(2):
@@ -140,7 +141,7 @@ def test_prefill_and_decode_equal_the_full_forward(name, dtype, load):
             new = tokens[:, len(decoded)]
             logits, recent = decode(weights, new, cache, filled, recent, j)
             decoded.append(logits)
-        cache = jax.tree.map(lambda old, new, at=filled: join_recent(old, new, at), cache, recent)
+        cache = [join_recent(*layer, filled) for layer in zip(cache, recent, strict=True)]
         filled = filled + half
     decoded = np.stack(decoded, axis=1)
 
@@ -174,8 +175,11 @@ def test_decode_reads_no_unwritten_column(tiny):
     for junk in (0.0, 7.0):
         cache, recent = model.new_cache(2, 8), model.new_cache(2, 4)
         used = jnp.arange(8)[None, :] < lengths[:, None]
-        filled = jnp.broadcast_to(used[:, None, :, None], cache[0].k.shape)
-        cache = jax.tree.map(lambda c, f=filled, x=junk: jnp.where(f, c + 1.0, c + x), cache)
+        filled = KVCache(used[:, None, None, :], used[:, None, :, None])
+        cache = [
+            jax.tree.map(lambda c, f, x=junk: c + jnp.where(f, 1.0, x), layer, filled)
+            for layer in cache
+        ]
         recent = jax.tree.map(lambda c, x=junk: c + x, recent)
         results.append(step(weights, jnp.array([3, 4]), cache, lengths, recent, 0)[0])
     np.testing.assert_array_equal(*results)

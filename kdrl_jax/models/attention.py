@@ -237,27 +237,23 @@ def attend_cached(
 
     Args:
       q: the new token's rotated queries, M = N / K for each key head.
-      cache: [B, K, W, H]; a row's first `lengths` columns count.
-      recent: [B, K, C, H]; the first `count` columns count, the new token's included.
+      cache: see `KVCache`; a row's first `lengths` columns count.
+      recent: likewise, with C columns, of which the first `count` count, the new token's included.
 
     Returns:
       Weighted values, in q's dtype.
     """
-    in_cache = jnp.arange(cache.k.shape[2])[None, :] < lengths[:, None]
-    in_recent = jnp.arange(recent.k.shape[2])[None, :] < count
-
-    def look(part: KVCache, seen: Array) -> Array:
-        scores = _scores("BKMH,BKWH->BKMW", q, part.k)
-        return jnp.where(seen[:, None, None, :], scores, MASKED)
-
-    scores = look(cache, in_cache), look(recent, in_recent)
-    top = jnp.maximum(*(part.max(-1, keepdims=True) for part in scores))
-    weights = [jnp.exp(part - top) for part in scores]
-    total, out = jnp.zeros_like(top), jnp.zeros(q.shape, jnp.float32)
-    for part, v in zip(weights, (cache.v, recent.v), strict=True):
-        total += part.sum(-1, keepdims=True)
+    width, width_recent = cache.v.shape[2], recent.v.shape[2]
+    column = jnp.arange(width + width_recent)[None, :]
+    seen = (column < lengths[:, None]) | ((column >= width) & (column < width + count))
+    scores = [_scores("BKMH,BKHW->BKMW", q, part.k) for part in (cache, recent)]
+    joined = jnp.concatenate(scores, axis=-1)
+    joined = jnp.where(seen[:, None, None, :], joined, MASKED)
+    weights = jnp.exp(joined - joined.max(-1, keepdims=True))
+    out = jnp.zeros(q.shape, jnp.float32)
+    for part, v in ((weights[..., :width], cache.v), (weights[..., width:], recent.v)):
         out += einsum("BKMW,BKWH->BKMH", part.astype(v.dtype), v, jnp.float32)
-    return (out / total).astype(q.dtype)
+    return (out / weights.sum(-1, keepdims=True)).astype(q.dtype)
 
 
 def _group(q: Float[Array, "R L N H"], kv_heads: int) -> Float[Array, "R L K M H"]:

@@ -7,6 +7,7 @@ another, queries and keys normed and rotated together.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,7 @@ from kdrl_jax.models.attention import attend_cached
 from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.models.layers import einsum, rms_norm, rotate
 from kdrl_jax.sharding import constrain
-from kdrl_jax.types import KVCache, Params
+from kdrl_jax.types import COLUMNS, KVCache, Params
 
 
 class DecodeLayer(NamedTuple):
@@ -103,7 +104,8 @@ def decode_layer(
         if weights.qk_norm is not None:
             qk = rms_norm(qk, weights.qk_norm, eps)
         qk = rotate(qk, *rope)
-        recent = KVCache(_write(recent.k, qk[:, :, -1:], index), _write(recent.v, v, index))
+        new = KVCache(k=jnp.swapaxes(qk[:, :, -1:], 2, 3), v=v)
+        recent = jax.tree.map(functools.partial(_write, index), recent, new, COLUMNS)
         out = attend_cached(qk[:, :, :-1], cache, lengths, recent, index + 1)
         x = x + _product(out.reshape(rows, -1), weights.out)
     with jax.named_scope("mlp"):
@@ -118,6 +120,6 @@ def _product(x: Float[Array, "B D"], kernel: Float[Array, "D ..."]) -> Float[Arr
     return einsum("BD,DF->BF", x, kernel.reshape(kernel.shape[0], -1))
 
 
-def _write(cache: Array, new: Float[Array, "B K 1 H"], index: Array | int) -> Array:
-    """Put a token at column `index` of `cache` [B, K, C, H]."""
-    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=2)
+def _write(index: Array | int, cache: Array, new: Array, axis: int) -> Array:
+    """Put a token's part at column `index` of `cache`."""
+    return jax.lax.dynamic_update_slice_in_dim(cache, new.astype(cache.dtype), index, axis=axis)

@@ -217,11 +217,11 @@ class Decoder:
         positions: Int[Array, "P S"],
         segment_ids: Int[Array, "P S"],
     ) -> tuple[Float[Array, "P S D"], KVCache]:
-        """`apply` on the prompts, which also returns their keys and values [Y, P, K, S, H]."""
+        """`apply` on the prompts, which also returns the keys and values of all layers."""
         rope = rope_angles(self.config, positions)
 
         def look(q: Array, k: Array, v: Array) -> tuple[Array, KVCache]:
-            kept = KVCache(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
+            kept = KVCache(k=k.transpose(0, 2, 3, 1), v=v.transpose(0, 2, 1, 3))
             return attend(q, k, v, segment_ids), kept
 
         def step(x: Array, weights: Params) -> tuple[Array, KVCache]:
@@ -232,14 +232,15 @@ class Decoder:
         return self._final_norm(params, x), cache
 
     def new_cache(self, rows: int, window: int) -> list[KVCache]:
-        """Empty caches [B, K, W, H] of the layers, in the compute dtype."""
+        """Empty caches of the layers, with W = `window`, in the compute dtype."""
         c = self.config
-        shape = (rows, c.num_kv_heads, window, c.head_dim)
 
-        def zeros() -> Array:
+        def zeros(*last: int) -> Array:
+            shape = (rows, c.num_kv_heads, *last)
             return constrain(jnp.zeros(shape, self.dtype), "batch", "kv_heads", None, None)
 
-        return [KVCache(k=zeros(), v=zeros()) for _ in range(c.num_layers)]
+        h = c.head_dim
+        return [KVCache(k=zeros(h, window), v=zeros(window, h)) for _ in range(c.num_layers)]
 
     def decode(
         self,
@@ -257,9 +258,9 @@ class Decoder:
         Args:
           weights: from `unstack`.
           tokens: the newest token of each row, at position lengths + index.
-          cache: [B, K, W, H] of each layer; only read.
+          cache: of each layer; only read.
           lengths: columns of a row's cache that are filled.
-          recent: [B, K, C, H] of each layer: the tokens since, with columns below `index` filled.
+          recent: of each layer: the tokens since, with columns below `index` filled.
           index: the column of `recent` to write, the same for every row.
         """
         rope = rope_angles(self.config, (lengths + index)[:, None])

@@ -7,6 +7,7 @@ changes the number of slots and of cache columns. Nothing here knows how request
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kdrl_jax.rollout.sampling import sample
 from kdrl_jax.sharding import constrain
-from kdrl_jax.types import KVCache, Params, SamplingParams
+from kdrl_jax.types import COLUMNS, KVCache, Params, SamplingParams
 
 
 class Requests(NamedTuple):
@@ -54,7 +55,7 @@ class Chunk(NamedTuple):
 
 
 def prefill(model: Any, params: Params, tokens: Int[Array, "P S"], lengths: Array) -> KVCache:
-    """Keys and values [Y, P, K, S, H] of right-padded prompts."""
+    """Keys and values, of all layers, of right-padded prompts."""
     index = jnp.arange(tokens.shape[1])[None, :]
     positions = jnp.broadcast_to(index, tokens.shape)
     return model.prefill(params, tokens, positions, (index < lengths[:, None]).astype(jnp.int32))[1]
@@ -83,14 +84,16 @@ def admit(
     Args:
       where: a number beyond the slots admits nothing.
     """
-    width = prompts.k.shape[3]
+    width = prompts.v.shape[3]
 
-    def place(cache: Array, new: Array) -> Array:
-        out = cache.at[where, :, :width].set(new[rows], mode="drop")
+    def place(cache: Array, new: Array, axis: int) -> Array:
+        begin, every = slice(width), slice(None)
+        columns = (every, begin) if axis == COLUMNS.k else (begin, every)
+        out = cache.at[where, :, *columns].set(new[rows], mode="drop")
         return constrain(out, "batch", "kv_heads", None, None)
 
     cache = [
-        KVCache(place(old.k, prompts.k[y]), place(old.v, prompts.v[y]))
+        jax.tree.map(place, old, jax.tree.map(lambda x, y=y: x[y], prompts), COLUMNS)
         for y, old in enumerate(slots.cache)
     ]
     merged = jax.tree.map(
@@ -102,13 +105,15 @@ def admit(
 def fit(slots: Slots, rows: Int[Array, "B2"], *, window: int) -> Slots:
     """The slots `rows` alone, with `window` columns of cache."""
 
-    def change(x: Array) -> Array:
-        x = x[rows, :, :window]
-        x = jnp.pad(x, [(0, 0), (0, 0), (0, window - x.shape[2]), (0, 0)])
-        return constrain(x, "batch", "kv_heads", None, None)
+    def change(x: Array, axis: int) -> Array:
+        x = jax.lax.slice_in_dim(x[rows], 0, min(window, x.shape[axis]), axis=axis)
+        pad = [(0, 0)] * 4
+        pad[axis] = (0, window - x.shape[axis])
+        return constrain(jnp.pad(x, pad), "batch", "kv_heads", None, None)
 
     requests = jax.tree.map(lambda x: x[rows], slots.requests)
-    return Slots(jax.tree.map(change, slots.cache), _whole(requests))
+    cache = [jax.tree.map(change, layer, COLUMNS) for layer in slots.cache]
+    return Slots(cache, _whole(requests))
 
 
 class _Loop(NamedTuple):
@@ -193,7 +198,9 @@ def decode(
         drawn=asked.drawn + end.out.counts,
         running=end.running,
     )
-    joined = jax.tree.map(lambda c, new: join_recent(c, new, asked.lengths), cache, end.recent)
+    joined = [
+        join_recent(layer, new, asked.lengths) for layer, new in zip(cache, end.recent, strict=True)
+    ]
     return Slots(joined, _whole(requests)), _whole(end.out)
 
 
@@ -202,13 +209,17 @@ def _put(record: Array, column: Array, index: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(record, column[:, None], index, axis=1)
 
 
-def join_recent(cache: Array, recent: Array, lengths: Array) -> Array:
-    """Write the rows of `recent` [B, K, C, H] behind the `lengths` columns of `cache`.
+def join_recent(cache: KVCache, recent: KVCache, lengths: Int[Array, "B"]) -> KVCache:
+    """Write the columns of `recent` behind the `lengths` columns of each row of `cache`.
 
     Columns that were not drawn are written too: they lie beyond the new length.
     """
-    write = jax.vmap(lambda c, new, n: jax.lax.dynamic_update_slice_in_dim(c, new, n, axis=1))
-    return constrain(write(cache, recent, lengths), "batch", "kv_heads", None, None)
+
+    def join(cache: Array, recent: Array, axis: int) -> Array:
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=axis)
+        return constrain(jax.vmap(write)(cache, recent, lengths), "batch", "kv_heads", None, None)
+
+    return jax.tree.map(join, cache, recent, COLUMNS)
 
 
 def _whole(tree: Any) -> Any:
