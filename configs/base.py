@@ -125,7 +125,8 @@ def get_config() -> ConfigDict:
     c.rollout.slots = 0
     # Problems sampled beyond prompts_per_step: a step begins when as many as that are done, and the
     # others go on in the next one (partial rollouts, arXiv 2501.12599). Their tokens keep
-    # the log-probs they were drawn with, which the ratio is then taken to. 0: wait for all.
+    # the log-probs they were drawn with, which the ratio is then taken to. Which ones are done
+    # first depends on rollout.slots. 0: wait for all.
     c.rollout.carry = 0
     c.rollout.dtype = ""  # "": the student's. Another one costs what mismatch/kl says
     # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at

@@ -215,8 +215,9 @@ class Collector:
             found = {n: v for ns, job in graded for n, v in zip(ns, job.result(), strict=True)}
             return [found.get(number, NOT_GRADED) for number in range(len(texts))]
 
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"expected_lengths": self._expected(chosen)}
         if groups is not None:
+            # Who is done first must not depend on what a checkpoint does not hold: in order.
             begun = join_groups(groups, prompts)
             options = {"begun": begun, "enough": self._batches.per_step}
             read(finished_requests(begun))
@@ -225,7 +226,6 @@ class Collector:
             prompts,
             keys,
             self._sampling,
-            expected_lengths=self._expected(chosen),
             meanwhile=meanwhile,
             on_finished=read,
             **options,
