@@ -20,8 +20,6 @@ live where the layers' activations do at another time.
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -63,17 +61,7 @@ def in_process(args, of: str, size: int) -> dict[str, float]:
     """What this script reports of one size."""
     options = [f"--{key}={getattr(args, key)}" for key in ("shape", "dtype", "rows", "repeats")]
     command = [sys.executable, __file__, f"--of={of}", f"--size={size}", *options]
-    root = str(Path(__file__).parent.parent)
-    done = subprocess.run(
-        command,
-        env={**os.environ, "PYTHONPATH": root},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if (found := w.result_of(done.stdout)) is None:
-        sys.exit(f"{of} {size} failed:\n{done.stderr[-2000:]}")
-    return found
+    return w.in_process(command, own=True)
 
 
 def one_length(args) -> None:

@@ -20,7 +20,6 @@ import argparse
 import functools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -71,17 +70,8 @@ def main() -> None:
 
 def in_process(python: str, library: str) -> dict[str, dict[str, float]]:
     """What this script reports under another Python."""
-    root = str(Path(__file__).parent.parent) if library == "kdrl" else ""
-    done = subprocess.run(
-        [python, __file__, *sys.argv[1:], f"--library={library}"],
-        env={**os.environ, "PYTHONPATH": root},
-        text=True,
-        capture_output=True,
-        check=False,
-    )
-    if (found := w.result_of(done.stdout)) is None:
-        sys.exit(f"{library} failed:\n{done.stderr[-3000:]}")
-    return found
+    command = [python, __file__, *sys.argv[1:], f"--library={library}"]
+    return w.in_process(command, own=library == "kdrl")
 
 
 def chips(args) -> list:

@@ -124,8 +124,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         )
 
     # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
-    dtype = ro.dtype or config.student.dtype
-    engine = engine_of(dataclasses.replace(student, dtype=dtype), mesh)
+    engine = engine_of(dataclasses.replace(student, dtype=sizes.rollout_dtype), mesh)
     by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
 
     # --- Resume --------------------------------------------------------------------------------
@@ -187,7 +186,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 run.clock.lap("rollout", then="score")
 
                 beta, now = learner.beta(step, run.trend), learner.hyper(step, run.trend)
-                rows = learner.rows(found.rollouts)
+                rows = learner.rows(found.rollouts, rollouts)
                 scores = learner.score(state.params, rows, beta, now.temperature)
                 rewards = found.rewards  # graded by the host while the devices score
                 jax.block_until_ready(scores)

@@ -13,9 +13,7 @@ workload's size, see workloads.py.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -70,12 +68,7 @@ def main() -> None:
 def run(python: str, library: str, options: list[str]) -> dict[str, float]:
     """The result of one process."""
     command = [python, str(HERE / f"run_{library}.py"), *options]
-    # The other libraries find nothing of this repository.
-    env = {**os.environ, "PYTHONPATH": str(HERE.parent.parent) if library == "kdrl" else ""}
-    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
-    if (found := w.result_of(done.stdout)) is None:
-        sys.exit(f"{library} {' '.join(options)} failed:\n{done.stderr[-2000:]}")
-    return found
+    return w.in_process(command, own=library == "kdrl")
 
 
 def row(workload: str, label: str, pairs: list[tuple[dict, dict]]) -> str:

@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -149,8 +151,22 @@ def measure(run: Callable[[], Any], tokens: int, repeats: int) -> None:
 
 
 def report(**found: Any) -> None:
-    """The line that `result_of` reads in another process."""
+    """The line that `in_process` reads in another process."""
     print("RESULT " + json.dumps(found), flush=True)
+
+
+def in_process(command: list[str], own: bool) -> dict[str, Any]:
+    """What a command reports; the program ends where it reports nothing.
+
+    Args:
+      own: whether it finds kdrl_jax here; the other libraries find nothing of this repository.
+    """
+    root = str(Path(__file__).parents[2]) if own else ""
+    env = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, env=env, text=True, capture_output=True, check=False)
+    if (found := result_of(done.stdout)) is None:
+        sys.exit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    return found
 
 
 def result_of(stdout: str) -> dict[str, Any] | None:

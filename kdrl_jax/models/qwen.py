@@ -80,7 +80,7 @@ class Embedding(nnx.Module):
 
 
 class Head(nnx.Module):
-    """An output head of its own, stored [V, D] like the embedding: the layout decode reads best."""
+    """An output head of its own, stored [V, D] like the embedding."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         shape = (config.vocab_size, config.hidden_size)

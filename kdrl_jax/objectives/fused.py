@@ -152,7 +152,7 @@ def _zeros(loss: Loss, plan: Plan, head: Array, shared: Shared, xs: Any) -> Any:
     """What `loss` returns, with zeros in it."""
     first = jax.tree.map(lambda x: x[0], xs)
     like = jax.eval_shape(functools.partial(_of_chunk, loss, plan), head, shared, first)
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+    return jax.tree.map(jnp.zeros_like, like)
 
 
 def _forward(

@@ -134,7 +134,7 @@ class Learner:
             **{key: c[key] for key in ("reference_coef", "tis_cap")},
         )
 
-    def rows(self, rollouts: Rollouts) -> Rows:
+    def rows(self, rollouts: Rollouts, placed: Rollouts) -> Rows:
         """What models are to read of a step's rollouts, on the devices.
 
         Packed where an update takes several micro-batches: with a single one all rows are
@@ -142,10 +142,11 @@ class Learner:
 
         Args:
           rollouts: host arrays.
+          placed: the same on the devices.
         """
         c = self._config
         if self._sizes.micro_batches == 1:
-            return rollout_rows(put_batch(self._mesh, rollouts))
+            return rollout_rows(placed)
         packed = pack_rows(rollouts, mini_batches=c.mini_batches, micro_batch=c.micro_batch)
         return put_batch(self._mesh, packed)
 

@@ -107,8 +107,7 @@ class Planner:
     ):
         self.config, self.sizes = config, sizes
         self.student = Placed.on(mesh, shapes["student"], config.student.dtype, on_cpu)
-        dtype = config.rollout.dtype or config.student.dtype
-        self._sampler = Placed.on(mesh, shapes["student"], dtype, on_cpu)
+        self._sampler = Placed.on(mesh, shapes["student"], sizes.rollout_dtype, on_cpu)
         self._packed = sizes.micro_batches > 1
         self.teacher = None
         if "teacher" in shapes:

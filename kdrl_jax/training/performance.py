@@ -170,7 +170,7 @@ class Meter:
         source = "measured" if self.peak.measured else "data sheet"
         tera, giga = self.peak.flops / 1e12, self.peak.bandwidth / 1e9
         display.say(f"peak of a device ({source}): {tera:.3g} TFLOP/s, {giga:.3g} GB/s")
-        dtype = config.teacher.dtype if by_teacher else config.rollout.dtype or config.student.dtype
+        dtype = config.teacher.dtype if by_teacher else sizes.rollout_dtype
         self._sampler = Placed.on(where, shapes[name], dtype, device.platform == "cpu")
 
     def ideal(self, found: Collected, scores: Scores) -> Ideal:

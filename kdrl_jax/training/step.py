@@ -177,9 +177,7 @@ def make_update(
         if micro_batches == 1:
             grads, metrics = gradients(0)
         else:
-            zeros = jax.tree.map(
-                lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradients, 0)
-            )
+            zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradients, 0))
             passes = micro_batches if used is None else used
             grads, metrics = jax.lax.fori_loop(0, passes, accumulate, zeros)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

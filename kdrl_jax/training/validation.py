@@ -98,6 +98,8 @@ class Sizes:
     updates: int
     """Optimizer updates of one step: mini_batches · epochs."""
     logprob_temperature: float
+    rollout_dtype: str
+    """Of the student's rollouts and evaluations."""
 
 
 def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
@@ -130,6 +132,7 @@ def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
         logprob_temperature=(
             flat["rollout.temperature"] if temperature == "rollout" else float(temperature)
         ),
+        rollout_dtype=flat["rollout.dtype"] or flat["student.dtype"],
     )
 
 
