@@ -117,7 +117,9 @@ def test_prefill_and_decode_run_sharded(folder):
         cache = [KVCache(k, v) for k, v in zip(prompt.k, prompt.v, strict=True)]
         lengths, recent = jnp.full(4, 6), model.new_cache(4, 3)
         weights = model.unstack(params)
-        logits, _ = model.decode(weights, tokens[:, 0], cache, lengths, recent, 0)
+        logits, _ = model.decode(
+            weights, tokens[:, 0], model.angles(lengths, 3), cache, lengths, recent, 0
+        )
         return logits, model.logits(params, hidden)
 
     expected = jax.jit(run)(one)

@@ -136,10 +136,10 @@ def test_prefill_and_decode_equal_the_full_forward(name, dtype, load):
     ]
     filled, decoded = lengths, []
     for _ in range(2):
-        recent = model.new_cache(rows, half)
+        recent, rope = model.new_cache(rows, half), model.angles(filled, half)
         for j in range(half):
             new = tokens[:, len(decoded)]
-            logits, recent = decode(weights, new, cache, filled, recent, j)
+            logits, recent = decode(weights, new, rope, cache, filled, recent, j)
             decoded.append(logits)
         cache = [join_recent(*layer, filled) for layer in zip(cache, recent, strict=True)]
         filled = filled + half
@@ -181,7 +181,8 @@ def test_decode_reads_no_unwritten_column(tiny):
             for layer in cache
         ]
         recent = jax.tree.map(lambda c, x=junk: c + x, recent)
-        results.append(step(weights, jnp.array([3, 4]), cache, lengths, recent, 0)[0])
+        rope = model.angles(lengths, 4)
+        results.append(step(weights, jnp.array([3, 4]), rope, cache, lengths, recent, 0)[0])
     np.testing.assert_array_equal(*results)
 
 

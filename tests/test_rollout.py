@@ -15,7 +15,7 @@ from kdrl_jax.models import Decoder, ModelConfig
 from kdrl_jax.objectives import token_log_probs
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
 from kdrl_jax.rollout import decode as device
-from kdrl_jax.rollout.sampling import BLOCK, block_size, sample, truncate
+from kdrl_jax.rollout.sampling import BLOCK, block_size, sample, truncate, uniforms
 from kdrl_jax.rollout.schedule import Queue, plan_batches, smaller_batch, window_sizes
 from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training.batch import rollout_rows
@@ -134,7 +134,7 @@ def test_draws_follow_the_distribution(vocab, rules):
     keys = jax.random.split(jax.random.key(0), draws)
     tokens, log_probs = sample(
         jnp.broadcast_to(jnp.asarray(logits), (draws, vocab)),
-        keys,
+        uniforms(keys, jnp.zeros(draws, int), 1)[0],
         settings((draws, 1), temperature=temperature, **rules),
         valid_vocab=valid,
     )
@@ -160,7 +160,7 @@ def test_draws_at_the_ends_of_the_cdf():
     """No weight, no draw: not at uniform 0, and not beyond the last token that has weight."""
     from kdrl_jax.rollout.sampling import _invert
 
-    weights = jnp.asarray([[0.0, 0.25, 0.0, 0.75, 0.0]])
+    weights = jnp.asarray([[0.0, 0.25, 0.0, 0.75, 0.0]]).T
     found = [int(_invert(weights, jnp.full(1, u))[0]) for u in (0.0, 0.2, 0.3, 0.9999999, 1.0)]
     assert found == [1, 1, 3, 3, 3]
 

@@ -42,8 +42,8 @@ class DecodeWeights(NamedTuple):
     embedding: Float[Array, "V D"]
     layers: list[DecodeLayer]
     final_norm: Float[Array, "D"]
-    head: Float[Array, "D V"] | None
-    """None: the embedding."""
+    head: Float[Array, "V D"]
+    """The embedding itself where tied."""
 
 
 def fuse_layer(config: ModelConfig, weights: Params) -> DecodeLayer:

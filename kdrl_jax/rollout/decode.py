@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kdrl_jax.rollout.sampling import sample
+from kdrl_jax.rollout.sampling import sample, uniforms
 from kdrl_jax.sharding import constrain
 from kdrl_jax.types import COLUMNS, KVCache, Params, SamplingParams
 
@@ -146,18 +146,17 @@ def decode(
     """
     cache, asked = slots
     count = asked.lengths.shape[0]
-    keys = jax.random.wrap_key_data(asked.keys)
+    uniform = uniforms(jax.random.wrap_key_data(asked.keys), asked.drawn, steps)
     stop_ids = sampling.stop_ids[None, :]
+    rope = model.angles(asked.lengths, steps)
 
     def body(loop: _Loop) -> _Loop:
         logits, recent = model.decode(
-            weights, loop.newest, cache, asked.lengths, loop.recent, loop.step
+            weights, loop.newest, rope, cache, asked.lengths, loop.recent, loop.step
         )
         logits = constrain(logits, "batch", None)
         nth = asked.drawn + loop.step
-        token, log_prob = sample(
-            logits, jax.vmap(jax.random.fold_in)(keys, nth), sampling, valid_vocab=valid_vocab
-        )
+        token, log_prob = sample(logits, uniform[loop.step], sampling, valid_vocab=valid_vocab)
         token = jnp.where(loop.running, token, 0)
         log_prob = jnp.where(loop.running, log_prob, 0.0)
         ended = loop.running & (token[:, None] == stop_ids).any(-1)

@@ -1,12 +1,14 @@
 """One token per request from its logits: truncation, sampling and the untruncated log-prob.
 
-Every request draws from its own key, so a token depends on the request and its position alone,
-not on the batch, the mesh or the schedule around it. Truncation finds its threshold by bisection
-over the probabilities themselves, so nothing is sorted; a settings value that switches a rule off
-also skips its work, at run time.
+Every request draws by its own key, so a token depends on the request and its position alone, not on
+the batch, the mesh or the schedule around it. Truncation finds its threshold by bisection over the
+probabilities themselves, so nothing is sorted; a settings value that switches a rule off also skips
+its work, at run time.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,22 @@ from kdrl_jax.types import SamplingParams
 BLOCK = 512
 
 
+def uniforms(keys: PRNGKeyArray, drawn: Int[Array, "B"], steps: int) -> Float[Array, "steps B 2"]:
+    """What `sample` needs for the next `steps` draws of requests that have had `drawn`.
+
+    Draw n of a request uses fold_in(key, n). Made for many draws at once: a CPU takes as long for
+    one.
+    """
+
+    def one(key: PRNGKeyArray, nth: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, nth), (2,))
+
+    return jax.vmap(lambda step: jax.vmap(one)(keys, drawn + step))(jnp.arange(steps))
+
+
 def sample(
     logits: Float[Array, "B V"],
-    keys: PRNGKeyArray,
+    uniform: Float[Array, "B 2"],
     sampling: SamplingParams,
     *,
     valid_vocab: int,
@@ -33,41 +48,50 @@ def sample(
 
     Args:
       logits: float32; ids from `valid_vocab` on are never sampled and have no probability.
-      keys: `[B]`, one fresh key for each draw.
+      uniform: numbers in [0, 1), fresh for each draw.
       sampling: temperature 0 takes the likeliest token, with its log-prob at temperature 1.
 
     Returns:
       (tokens int32, log_probs float32), both `[B]`.
     """
-    # The product that made the logits is not to be computed again within the sums below.
-    logits = jax.lax.optimization_barrier(logits)
-    vocab = logits.shape[-1]
+    # The product that made the logits is not to be computed again within the sums below. With the
+    # vocabulary first, neighbours in memory are requests, and every sum below runs over all of
+    # them at once.
+    logits = jax.lax.optimization_barrier(logits.T)
+    if valid_vocab < len(logits):
+        ids = jax.lax.broadcasted_iota(jnp.int32, (len(logits), 1), 0)
+        logits = jnp.where(ids < valid_vocab, logits, -jnp.inf)
     greedy = sampling.temperature <= 0
-    z = logits * (1.0 / jnp.where(greedy, 1.0, sampling.temperature))
-    if valid_vocab < vocab:
-        ids = jax.lax.broadcasted_iota(jnp.int32, (1, vocab), 1)
-        z = jnp.where(ids < valid_vocab, z, -jnp.inf)
-    top = z.max(-1, keepdims=True)
-    # No [B, V] array is kept: what is looked at again, one block, is computed again.
-    sums = _blocks(jnp.exp(z - top)).sum(-1)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    inverse = 1.0 / jnp.where(greedy, 1.0, sampling.temperature)
+    top = logits.max(0, keepdims=True) * inverse
+
+    # No other [V, B] array is kept: what is looked at again, one block, is computed again.
+    def scaled() -> Float[Array, "V B"]:
+        return logits * inverse
+
+    # The barrier keeps the total below from becoming a second sum over the vocabulary.
+    sums = jax.lax.optimization_barrier(_blocks(jnp.exp(scaled() - top)).sum(1))
 
     def likeliest() -> Array:
-        return jnp.argmax(z, axis=-1).astype(jnp.int32)
+        return jnp.argmax(logits, axis=0).astype(jnp.int32)
 
     def drawn() -> Array:
-        return _draw(sums, lambda block: jnp.exp(_one_block(z, block, -jnp.inf) - top), uniform)
+        return _draw(
+            sums,
+            lambda block: jnp.exp(_one_block(logits, block, -jnp.inf) * inverse - top),
+            uniform.T,
+        )
 
     def truncated() -> Array:
-        weights = truncate(jnp.exp(z - top), sampling)
-        of_blocks = _blocks(weights).sum(-1)
-        return _draw(of_blocks, lambda block: _one_block(weights, block, 0.0), uniform)
+        weights = truncate(jnp.exp(scaled() - top).T, sampling).T
+        of_blocks = _blocks(weights).sum(1)
+        return _draw(of_blocks, lambda block: _one_block(weights, block, 0.0), uniform.T)
 
     cuts = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
     case = jnp.where(greedy, 0, jnp.where(cuts, 2, 1))
     tokens = jax.lax.switch(case, [likeliest, drawn, truncated])
-    chosen = jnp.take_along_axis(z, tokens[:, None], axis=-1)[:, 0]
-    return tokens, chosen - top[:, 0] - jnp.log(sums.sum(-1))
+    chosen = jnp.take_along_axis(logits, tokens[None, :], axis=0)[0] * inverse
+    return tokens, chosen - top[0] - jnp.log(sums.sum(0))
 
 
 def truncate(probs: Float[Array, "B V"], sampling: SamplingParams) -> Float[Array, "B V"]:
@@ -116,47 +140,49 @@ def block_size(vocab: int) -> int:
     return next((size for size in range(BLOCK, BLOCK // 8, -1) if vocab % size == 0), BLOCK)
 
 
-def _blocks(x: Float[Array, "B V"]) -> Float[Array, "B blocks size"]:
-    vocab, size = x.shape[-1], block_size(x.shape[-1])
+def _blocks(x: Float[Array, "V B"]) -> Float[Array, "blocks size B"]:
+    vocab, size = len(x), block_size(len(x))
     if vocab % size:
-        x = jnp.pad(x, [(0, 0), (0, -vocab % size)])
-    return x.reshape(x.shape[0], -1, size)
+        x = jnp.pad(x, [(0, -vocab % size), (0, 0)])
+    return x.reshape(-1, size, x.shape[1])
 
 
 def _one_block(
-    x: Float[Array, "B V"], block: Int[Array, "B"], beyond: float
-) -> Float[Array, "B size"]:
-    """Block number `block` of each row, filled up with `beyond` where the vocabulary ends."""
-    size = block_size(x.shape[-1])
-    if size == x.shape[-1]:
+    x: Float[Array, "V B"], block: Int[Array, "B"], beyond: float
+) -> Float[Array, "size B"]:
+    """Block number `block` of each column, filled up with `beyond` where the vocabulary ends."""
+    size = block_size(len(x))
+    if size == len(x):
         return x
-    ids = block[:, None] * size + jnp.arange(size)[None, :]
-    return jnp.take_along_axis(x, ids, axis=-1, mode="fill", fill_value=beyond)
+    ids = block[None, :] * size + jnp.arange(size)[:, None]
+    return jnp.take_along_axis(x, ids, axis=0, mode="fill", fill_value=beyond)
 
 
-def _draw(sums: Float[Array, "B blocks"], inside, uniform: Float[Array, "B 2"]) -> Int[Array, "B"]:
+def _draw(
+    sums: Float[Array, "blocks B"], inside: Callable[[Array], Array], uniform: Float[Array, "2 B"]
+) -> Int[Array, "B"]:
     """An index with probability proportional to its weight, by inverse CDF at two levels.
 
     Two uniform numbers decide, whatever the vocabulary: Gumbel noise would take one per token.
 
     Args:
       sums: the weight of each block.
-      inside: from block numbers `[B]` to the weights within them, `[B, size]`.
+      inside: from block numbers `[B]` to the weights within them, `[size, B]`.
     """
-    if sums.shape[-1] == 1:
-        return _invert(inside(jnp.zeros(len(sums), jnp.int32)), uniform[:, 0])
-    block = _invert(sums, uniform[:, 0])
+    if len(sums) == 1:
+        return _invert(inside(jnp.zeros(sums.shape[1], jnp.int32)), uniform[0])
+    block = _invert(sums, uniform[0])
     weights = inside(block)
-    return block * weights.shape[-1] + _invert(weights, uniform[:, 1])
+    return block * len(weights) + _invert(weights, uniform[1])
 
 
-def _invert(weights: Float[Array, "B W"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+def _invert(weights: Float[Array, "W B"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
     """The first index at which the cumulative weight exceeds `uniform` of the total.
 
     Rounding can leave no such index, or one without weight: then the heaviest is as good.
     """
-    total = jnp.cumsum(weights, axis=-1)
-    reached: Bool[Array, "B W"] = total > uniform[:, None] * total[:, -1:]
+    total = jnp.cumsum(weights, axis=0)
+    reached: Bool[Array, "W B"] = total > uniform[None, :] * total[-1:]
     reached &= weights > 0
-    first = jnp.argmax(reached, axis=-1)
-    return jnp.where(reached.any(-1), first, jnp.argmax(weights, axis=-1)).astype(jnp.int32)
+    first = jnp.argmax(reached, axis=0)
+    return jnp.where(reached.any(0), first, jnp.argmax(weights, axis=0)).astype(jnp.int32)
