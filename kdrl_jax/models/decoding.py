@@ -42,8 +42,8 @@ class DecodeWeights(NamedTuple):
     embedding: Float[Array, "V D"]
     layers: list[DecodeLayer]
     final_norm: Float[Array, "D"]
-    head: Float[Array, "V D"]
-    """The embedding itself where tied."""
+    head: Float[Array, "V D"] | None
+    """None: the embedding."""
 
 
 def fuse_layer(config: ModelConfig, weights: Params) -> DecodeLayer:

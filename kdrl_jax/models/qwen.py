@@ -165,7 +165,7 @@ class Decoder:
             embedding=embedding,
             layers=[fuse_layer(c, layer) for layer in layers],
             final_norm=params["final_norm"]["scale"],
-            head=embedding if c.tie_embeddings else constrain(self.head(params), "vocab", None),
+            head=None if c.tie_embeddings else constrain(self.head(params), "vocab", None),
         )
 
     def cast(self, params: Params) -> Params:
@@ -278,7 +278,8 @@ class Decoder:
             written.append(new)
         x = rms_norm(x, weights.final_norm, self.config.norm_eps)
         # [V, D] as the left factor: a CPU's product is a quarter faster.
-        return einsum("VD,BD->VB", weights.head, x, jnp.float32).T, written
+        head = weights.embedding if weights.head is None else weights.head
+        return einsum("VD,BD->VB", head, x, jnp.float32).T, written
 
     def head(self, params: Params) -> Float[Array, "V D"]:
         """The output head in the compute dtype: its own, or the embedding where tied."""

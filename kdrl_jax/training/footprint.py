@@ -73,8 +73,7 @@ class Placed:
 
     def unstacked(self) -> float:
         """The copy of the weights that tokens are drawn with; see `Decoder.unstack`."""
-        turned = self.on_cpu and self.shape.tie_embeddings
-        return self.whole(self.width) + turned * self.table(self.width)
+        return self.whole(self.width)
 
     def table(self, width: float) -> float:
         """[V, D] at `width` bytes, gathered over fsdp."""

@@ -17,6 +17,7 @@ from kdrl_jax.models import ModelConfig
 from kdrl_jax.rollout.engine import chunk_size
 from kdrl_jax.rollout.schedule import choose_window, window_sizes
 from kdrl_jax.training.footprint import F32, Placed
+from kdrl_jax.training.scoring import scoring_chunk
 from kdrl_jax.training.validation import Sizes
 
 GIB = 2**30
@@ -197,6 +198,7 @@ class Planner:
 
     def _scoring(self, levers: Levers) -> Parts:
         """See `Scorer`: one forward pass at a time, and logits in chunks."""
+        chunk = scoring_chunk(levers.logprob_chunk, self.student.on_cpu)
         asked: list[tuple[Placed, int]] = []  # with the width of their weights
         support = self.config.kd_topk.support if self._support else ""
         if self.sizes.updates > 1 or support == "student":
@@ -212,7 +214,7 @@ class Planner:
             copies = LOSS_LOGITS + (1 if self._support else 0)
             head = model.table(model.acts) if stored != model.acts or model.fsdp > 1 else 0.0
             moments.append({"activations": model.forward(rows, row)})
-            logits = copies * model.logits(rows, length, levers.logprob_chunk)
+            logits = copies * model.logits(rows, length, chunk)
             moments.append({"logits": logits + head})
         always = {"batch": self._batch(levers)}
         if self.teacher and self.config.teacher.offload:

@@ -17,6 +17,16 @@ from kdrl_jax.training.batch import Rows
 from kdrl_jax.types import Params
 
 
+CPU_CHUNK = 128
+"""Tokens whose logits a CPU scores at once: fresh memory for more costs it more than the products
+win. An update has no such bound: it adds to the gradient of the whole head once a chunk."""
+
+
+def scoring_chunk(chunk: int, on_cpu: bool) -> int:
+    """How many tokens' logits a device holds at a time, when asked for up to `chunk`."""
+    return min(chunk, CPU_CHUNK) if on_cpu else chunk
+
+
 class Scorer:
     """A forward pass a few rows at a time; never [rows, length, vocab].
 
@@ -29,7 +39,7 @@ class Scorer:
       home: where the rows come from and the results go; default: `mesh`.
       rows: how many rows one forward holds; must divide the rows given.
       valid_vocab: ids the tokenizer knows; the softmax is over these.
-      chunk: tokens whose logits a device holds at once.
+      chunk: tokens whose logits a device holds at once; see `scoring_chunk`.
       mini_batches: into which packed rows are divided.
     """
 
@@ -47,7 +57,8 @@ class Scorer:
         self.model, self.mesh, self._rows = model, mesh, rows
         self._mini_batches = mini_batches
         self._home = NamedSharding(home or mesh, P(BATCH_AXES))
-        self._head = {"valid_vocab": valid_vocab, "chunk": chunk}
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        self._head = {"valid_vocab": valid_vocab, "chunk": scoring_chunk(chunk, on_cpu)}
         self._log_probs_of = self._mapped(self._token_log_probs)
         self._support_of = self._mapped(self._support_log_probs)
         self._top_of = self._mapped(self._top_support, static="k")
