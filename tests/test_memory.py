@@ -94,7 +94,7 @@ def arrays(count, length, tail) -> TrainBatch:
     return TrainBatch(ids, ids, ids, numbers, None, numbers, numbers, numbers, numbers)
 
 
-def lowered_update(config, model, mesh, monkeypatch):
+def lowered_update(config, model, mesh):
     """The update's program, from shapes alone."""
     decoder = Decoder(model, config.student.dtype, config.student.remat)
     optimizer = make_optimizer(
@@ -111,8 +111,6 @@ def lowered_update(config, model, mesh, monkeypatch):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split),
         arrays(rollouts, row, tail),
     )
-    real = jax.jit
-    monkeypatch.setattr(step.jax, "jit", lambda f, **options: real(f, **options).lower)
     update = step.make_update(
         decoder,
         optimizer,
@@ -121,9 +119,7 @@ def lowered_update(config, model, mesh, monkeypatch):
         valid_vocab=model.vocab_size,
         chunk=config.logprob_chunk,
     )
-    lowered = update(state, batch, hyper)
-    monkeypatch.undo()
-    return lowered
+    return update.lower(state, batch, hyper)
 
 
 # --- the estimates ---------------------------------------------------------------------------
@@ -174,21 +170,21 @@ def test_what_a_layer_keeps(dtype, length, remat):
     ],
     ids=str,
 )
-def test_update_beside_xla(vocab, changes, monkeypatch):
+def test_update_beside_xla(vocab, changes):
     config, model = config_of(**changes), shape(vocab)
     planner = planner_of(config, model)
     parts = planner.plan(Levers.of(config)).phases["update"]
     estimate = sum(parts.values()) - parts["teacher"]
-    near(estimate, lowered_update(config, model, one_device(), monkeypatch))
+    near(estimate, lowered_update(config, model, one_device()))
 
 
-def test_update_on_a_mesh_beside_xla(monkeypatch):
+def test_update_on_a_mesh_beside_xla():
     """Per device of 2 x 2 x 2: 0.74, the least sure of all; 1.19 for 1 x 8 x 1."""
     config, model = config_of(**{"student.remat": "full"}), shape()
     mesh = make_mesh(2, 2, 2)
     parts = planner_of(config, model, mesh).plan(Levers.of(config)).phases["update"]
     estimate = sum(parts.values()) - parts["teacher"]
-    near(estimate, lowered_update(config, model, mesh, monkeypatch))
+    near(estimate, lowered_update(config, model, mesh))
 
 
 def test_scoring_beside_xla():

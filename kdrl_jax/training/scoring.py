@@ -16,7 +16,6 @@ from kdrl_jax.sharding import BATCH_AXES, constrain, replicated
 from kdrl_jax.training.batch import Rows
 from kdrl_jax.types import Params
 
-
 CPU_CHUNK = 192
 """Tokens whose logits a CPU scores at once: fresh memory for more costs it more than the products
 win. An update has no such bound: it adds to the gradient of the whole head once a chunk."""

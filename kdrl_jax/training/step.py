@@ -92,7 +92,47 @@ class Objective(NamedTuple):
 
 
 Metrics = dict[str, Float[Array, ""]]
-Update = Callable[..., tuple[TrainState, Metrics]]
+
+
+class Update:
+    """`update(state, batch, hyper, teacher_head=None, used=None) -> (state, metrics)`, jitted.
+
+    `state` is donated. See `make_update`.
+    """
+
+    def __init__(self, update: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh):
+        self._update, self._mesh = update, mesh
+        self._jitted: Any = None
+
+    def __call__(
+        self,
+        state: TrainState,
+        batch: TrainBatch,
+        hyper: Hyper,
+        teacher_head: Array | None = None,
+        used: Array | None = None,
+    ) -> tuple[TrainState, Metrics]:
+        """One update."""
+        with jax.set_mesh(self._mesh):
+            return self._program(state)(state, batch, hyper, teacher_head, used)
+
+    def lower(
+        self,
+        state: Any,
+        batch: Any,
+        hyper: Any,
+        teacher_head: Any = None,
+        used: Any = None,
+    ) -> jax.stages.Lowered:
+        """The program for arrays or shapes like these, on devices that need not be there."""
+        with jax.set_mesh(self._mesh):
+            return self._program(state).lower(state, batch, hyper, teacher_head, used)
+
+    def _program(self, state: TrainState) -> Any:
+        if self._jitted is None:  # the state's own shardings are those that come out
+            shardings = state_shardings(self._mesh, state)
+            self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, None))
+        return self._jitted
 
 
 def make_update(
@@ -105,11 +145,11 @@ def make_update(
     valid_vocab: int,
     chunk: int,
 ) -> Update:
-    """`update(state, batch, hyper, teacher_head=None, used=None) -> (state, metrics)`, jitted.
+    """The fused step: gradients of the loss of all micro-batches, then the optimizer.
 
-    `state` is donated. The batch's weights carry all normalisation, so the loss is a sum over
-    tokens: gradients and metrics of the micro-batches add up, and how many there are changes
-    nothing but memory. Only the first `used` ones are run, where that is given.
+    The batch's weights carry all normalisation, so the loss is a sum over tokens: gradients and
+    metrics of the micro-batches add up, and how many there are changes nothing but memory. Only the
+    first `used` ones are run, where that is given.
 
     Args:
       objective: see `Objective`.
@@ -186,22 +226,7 @@ def make_update(
         metrics["params/update_norm"] = optax.global_norm(updates)
         return TrainState(state.step + 1, params, opt_state), metrics
 
-    jitted: dict[str, Any] = {}
-
-    def run(
-        state: TrainState,
-        batch: TrainBatch,
-        hyper: Hyper,
-        teacher_head: Array | None = None,
-        used: Array | None = None,
-    ) -> tuple[TrainState, Metrics]:
-        if "update" not in jitted:  # the state's own shardings are those that come out
-            shardings = state_shardings(mesh, state)
-            jitted["update"] = jax.jit(update, donate_argnums=0, out_shardings=(shardings, None))
-        with jax.set_mesh(mesh):
-            return jitted["update"](state, batch, hyper, teacher_head, used)
-
-    return run
+    return Update(update, mesh)
 
 
 def _joint_loss(
