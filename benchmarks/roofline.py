@@ -134,7 +134,7 @@ def products_alone(model, params, requests: int, steps: int) -> float:
         return x, top + logits.max(0)
 
     def product(x, kernel):
-        return einsum("BD,DF->BF", x, kernel.reshape(len(kernel), -1))
+        return einsum("BD,DF->BF", x, kernel)
 
     @jax.jit
     def run(weights):

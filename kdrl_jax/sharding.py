@@ -163,6 +163,12 @@ def activation_spec(mesh: Any, shape: Sequence[int], *axes: str | None) -> P:
     return P(*(p if _divides(mesh, p, n) else None for p, n in zip(parts, shape, strict=True)))
 
 
+def shares(name: str, size: int) -> int:
+    """Into how many parts the current mesh splits an activation's axis of this name and size."""
+    mesh, part = jax.sharding.get_abstract_mesh(), ACTIVATION_RULES[name]
+    return 1 if mesh.empty or not _divides(mesh, part, size) else _axis_size(mesh, part)
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())

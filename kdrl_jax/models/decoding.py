@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from kdrl_jax.models.attention import attend_cached
 from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.models.layers import einsum, rms_norm, rotate
-from kdrl_jax.sharding import constrain
+from kdrl_jax.sharding import constrain, shares
 from kdrl_jax.types import COLUMNS, KVCache, Params
 
 
@@ -25,14 +25,15 @@ class DecodeLayer(NamedTuple):
     """A layer's weights as `decode_layer` reads them. M = N / K query heads share a key head."""
 
     input_norm: Float[Array, "D"]
-    qkv: Float[Array, "D K M+2 H"]
+    qkv: Float[Array, "D K*(M+2)*H"]
     """For each key head its queries, the key and the value."""
     qkv_bias: Float[Array, "K M+2 H"] | None
     qk_norm: Float[Array, "M+1 H"] | None
     """Scales of the norms of queries and key."""
     out: Float[Array, "NH D"]
     post_norm: Float[Array, "D"]
-    gate_up: Float[Array, "D 2 F"]
+    gate_up: Float[Array, "D 2*F"]
+    """For each device that has a share of them its gates, then its ups."""
     down: Float[Array, "F D"]
 
 
@@ -64,15 +65,18 @@ def fuse_layer(config: ModelConfig, weights: Params) -> DecodeLayer:
     if config.qk_norm:
         q, key = attn["q_norm"]["scale"], attn["k_norm"]["scale"]
         scales = jnp.stack([q] * shared + [key])
-    gate_up = jnp.stack([mlp["gate_proj"]["kernel"], mlp["up_proj"]["kernel"]], axis=1)
+    of_parts = (d, shares("mlp", config.mlp_size), -1)
+    gate, up = (mlp[name]["kernel"].reshape(of_parts) for name in ("gate_proj", "up_proj"))
+    # Two axes each: with more a TPU lays them out anew for every chunk of tokens.
+    qkv, gate_up = qkv.reshape(d, -1), jnp.stack([gate, up], axis=2).reshape(d, -1)
     return DecodeLayer(
         input_norm=weights["input_norm"]["scale"],
-        qkv=constrain(qkv, None, "kv_heads", None, None),
+        qkv=constrain(qkv, None, "kv_heads" if shares("kv_heads", k) > 1 else None),
         qkv_bias=bias,
         qk_norm=scales,
         out=constrain(attn["o_proj"]["kernel"].reshape(-1, d), "heads", None),
         post_norm=weights["post_norm"]["scale"],
-        gate_up=constrain(gate_up, None, None, "mlp"),
+        gate_up=constrain(gate_up, None, "mlp"),
         down=constrain(mlp["down_proj"]["kernel"], "mlp", None),
     )
 
@@ -110,14 +114,15 @@ def decode_layer(
         x = x + _product(out.reshape(rows, -1), weights.out)
     with jax.named_scope("mlp"):
         y = rms_norm(x, weights.post_norm, eps)
-        gate_up = _product(y, weights.gate_up).reshape(rows, 2, -1)
-        y = jax.nn.silu(gate_up[:, 0]) * gate_up[:, 1]
+        gate_up = _product(y, weights.gate_up)
+        gate_up = gate_up.reshape(rows, shares("mlp", config.mlp_size), 2, -1)
+        y = (jax.nn.silu(gate_up[:, :, 0]) * gate_up[:, :, 1]).reshape(rows, -1)
         x = x + _product(constrain(y, "batch", "mlp"), weights.down)
     return constrain(x, "batch", "embed"), recent
 
 
-def _product(x: Float[Array, "B D"], kernel: Float[Array, "D ..."]) -> Float[Array, "B F"]:
-    return einsum("BD,DF->BF", x, kernel.reshape(kernel.shape[0], -1))
+def _product(x: Float[Array, "B D"], kernel: Float[Array, "D F"]) -> Float[Array, "B F"]:
+    return einsum("BD,DF->BF", x, kernel)
 
 
 def _write(index: Array | int, cache: Array, new: Array, axis: int) -> Array:
