@@ -22,7 +22,13 @@ from kdrl_jax.training.batch import Rows
 from kdrl_jax.training.footprint import Placed
 from kdrl_jax.training.learner import Learner
 from kdrl_jax.training.memory import GIB, Levers, Planner
-from kdrl_jax.training.memory_check import LEARNING, SAMPLING, MemoryCheck, device_limit
+from kdrl_jax.training.memory_check import (
+    LEARNING,
+    SAMPLING,
+    MemoryCheck,
+    device_limit,
+    out_of_memory,
+)
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.scoring import Scorer
 from kdrl_jax.training.state import abstract_state, make_optimizer, make_schedule
@@ -377,7 +383,7 @@ def out_of_memory_at(call, real):
     return failing
 
 
-CHANGES = {"eval.every": 0, "steps": 4}
+CHANGES = {"eval.every": 0, "steps": 4, "student.remat": "none"}
 
 
 def test_running_out_in_rollouts(cache, tmp_path, capsys, monkeypatch):
@@ -392,7 +398,7 @@ def test_running_out_in_rollouts(cache, tmp_path, capsys, monkeypatch):
     assert "the checkpoint of step 2 is whole" in line
     monkeypatch.undo()
     smaller = dict([re.search(r"what fits: ([\w.]+=\d+)", line)[1].split("=")])
-    found = run(folder, cache, **CHANGES, **smaller, **{"student.remat": "full"})
+    found = run(folder, cache, **{**CHANGES, **smaller, "student.remat": "full"})
     assert [row["step"] for row in found] == [1, 2, 3, 4]
     assert all(np.isfinite(row["loss"]) for row in found)
 
@@ -430,6 +436,14 @@ def test_running_out_while_the_update_is_waited_for(cache, tmp_path, capsys, mon
     assert "step 2, update: a device ran out of memory" in line
     assert "the checkpoint of step 1 is whole" in line
     assert rows(tmp_path / "run")[-1]["step"] == 1
+
+
+def test_what_counts_as_running_out():
+    """JAX raises a ValueError where a program that has run before cannot be dispatched."""
+    for kind in (jax.errors.JaxRuntimeError, ValueError):
+        assert out_of_memory(kind("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."))
+    assert not out_of_memory(ValueError("Out of memory is no word of a config key"))
+    assert not out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: of a queue"))
 
 
 def test_other_failures_are_left_alone(cache, tmp_path, monkeypatch):
