@@ -246,12 +246,10 @@ class MemoryCheck:
 
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether XLA could not allocate what it needed."""
-    signs = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
     if isinstance(error, ValueError):  # a program that has run before fails with it at dispatch
-        signs = signs[:1]
-    elif not isinstance(error, jax.errors.JaxRuntimeError):
-        return False
-    return any(sign in str(error) for sign in signs)
+        return "RESOURCE_EXHAUSTED" in str(error)
+    signs = ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")
+    return isinstance(error, jax.errors.JaxRuntimeError) and any(s in str(error) for s in signs)
 
 
 def _shrinking(most: int, ways: int) -> list[int]:
