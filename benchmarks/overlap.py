@@ -29,10 +29,7 @@ from kdrl_jax.types import Prompts
 def main() -> None:
     """The three times and the ratio."""
     parser = argparse.ArgumentParser(description=__doc__)
-    w.add_sizes(parser)
-    parser.set_defaults(rows=16, length=256)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--new", type=int, default=128, help="tokens of each request")
+    w.add_rollouts_and_rows(parser)
     parser.add_argument("--repeats", type=int, default=7)
     args = parser.parse_args()
     shape = w.SHAPES[args.shape]

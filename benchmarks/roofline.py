@@ -36,10 +36,7 @@ ON_CPU = jax.default_backend() == "cpu"
 def main() -> None:
     """The peaks and the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    w.add_sizes(parser)
-    parser.set_defaults(rows=16, length=256)
-    parser.add_argument("--requests", type=int, default=32)
-    parser.add_argument("--new", type=int, default=128, help="tokens of each request")
+    w.add_rollouts_and_rows(parser)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()

@@ -39,7 +39,7 @@ MIB = 2**20
 # Estimates over XLA's sums on one device were between 0.92 and 1.12 for updates, scoring and
 # decoding of rows up to 1024 tokens, and 0.76 (update, 4096) to 1.35 (prefill) at the extremes;
 # vocabularies of 1,024 to 151,936 rows, every remat, both dtypes.
-LOW, HIGH = 0.7, 1.8  # decoding with jax 0.12, which needs less there than 0.10: 1.73
+LOW, HIGH = 0.7, 1.6
 
 
 def shape(vocab=32_000, layers=4, **changes) -> ModelConfig:

@@ -133,6 +133,16 @@ def add_sizes(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=int, default=0, help="0: the workload's own")
 
 
+def add_rollouts_and_rows(parser: argparse.ArgumentParser) -> None:
+    """`add_sizes` for scripts that do W1 and W3 or W4 both, with the usual sizes of these."""
+    add_sizes(parser)
+    requests, new = SIZES["W1"]
+    rows, length = SIZES["W4"]
+    parser.set_defaults(rows=rows, length=length)
+    parser.add_argument("--requests", type=int, default=requests)
+    parser.add_argument("--new", type=int, default=new, help="tokens of each request")
+
+
 def seconds_of(run: Callable[[], Any], repeats: int) -> float:
     """The median of `repeats` calls."""
     times = []
