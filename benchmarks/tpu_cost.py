@@ -110,7 +110,7 @@ def of_kdrl(args) -> None:
 
     from kdrl_jax.sharding import make_mesh
 
-    mesh = make_mesh(1, -1, 1, chips(args))
+    mesh = make_mesh(1, -1, 1, devices=chips(args))
     shape = w.SHAPES[args.shape]
 
     def train(layers: int):

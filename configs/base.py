@@ -40,9 +40,9 @@ def model(**overrides) -> ConfigDict:
     return c
 
 
-def mesh() -> ConfigDict:
-    """Sizes of the mesh axes; at most one is -1 and takes what is left of the devices."""
-    return ConfigDict({"data": 1, "fsdp": -1, "tensor": 1})
+def mesh(**sizes) -> ConfigDict:
+    """Sizes of the mesh axes: at most one is -1 and takes what is left of the devices."""
+    return ConfigDict({**sizes, "devices": ""})  # "": all; "0:48": those, in the order JAX has
 
 
 def get_config() -> ConfigDict:
@@ -91,8 +91,14 @@ def get_config() -> ConfigDict:
     c.teacher = model(remat="none")
     c.teacher.offload = False  # its weights wait in host memory while they are not used
     c.tokenizer = ""  # folder; "": the student's
-    c.mesh = mesh()
-    c.teacher_mesh = mesh()  # the teacher's own layout over the same devices
+    # data and fsdp split the batch, fsdp the weights as well; tensor splits heads, MLP and
+    # vocabulary; context splits the length of rows that are scored and trained on.
+    c.mesh = mesh(data=1, fsdp=-1, tensor=1, context=1)
+    # The teacher's own layout, and that of rollouts; 0: as in mesh. With devices of their own,
+    # weights and rows are sent there and back.
+    c.teacher_mesh = mesh(data=0, fsdp=0, tensor=0, context=0)
+    c.rollout_mesh = mesh(data=-1, fsdp=0, tensor=0)
+    c.process_timeout_s = 100.0  # a process that gives no sign for so long is lost: the run ends
 
     # --- data: a task or a data set ------------------------------------------------------------
     c.data = ConfigDict()

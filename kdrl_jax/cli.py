@@ -13,10 +13,13 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax.config import read_config, split_variant
+from kdrl_jax.processes import LostProcess, wait_for_the_coordinator
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
 EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: saved before it was done; the same command goes on
+EXIT_LOST = 76  # another process of the run has gone
 EXIT_INTERRUPTED = 130
 _OVERRIDE = "--config."
 
@@ -75,6 +78,9 @@ def run_entry(main: Callable[[], Any]) -> None:
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error.filename}: {error.strerror}; give another folder", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except LostProcess:  # has been explained
+        wait_for_the_coordinator()
+        os._exit(EXIT_LOST)
     except KeyboardInterrupt:
         print("interrupted; run the same command again to continue", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)

@@ -34,8 +34,8 @@ from kdrl_jax.data.schemas import PASS_RATE
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
 from kdrl_jax.rollout import RolloutEngine, sampling_params
-from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.evaluation import EncodedProblem, grade_all, respond
+from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder
 from kdrl_jax.training.problems import GRADING, make_grader
 from kdrl_jax.training.validation import validate
@@ -45,7 +45,8 @@ PASS_COUNTS = "pass_counts"
 DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 # What is read of a config; only these keys are checked.
 READS = (
-    *("seed", "cache_dir", "student.dtype", "mesh.", "eval.batch", "eval.samples", "data.prompt"),
+    *("seed", "cache_dir", "student.dtype", "eval.batch", "eval.samples", "data.prompt"),
+    *("mesh.", "rollout_mesh."),
     *("data.max_prompt_tokens", "data.on_bad", "data.fields"),
     *(f"rollout.{key}" for key in (*DRAWING, "slots")),
     *(f"reward.{key}" for key in GRADING),
@@ -116,7 +117,7 @@ def _ask_all(
 ) -> None:
     """Write the rows of all problems; whole batches that an interrupted run left are kept."""
     samples, name = settings["samples"], settings["name"]
-    mesh = make_mesh(**config.mesh)
+    mesh = rollout_mesh(config)
     work = output.with_name(output.name + ".part")
     lock_folder(work)
     write_settings(output, settings)

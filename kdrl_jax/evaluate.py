@@ -6,8 +6,8 @@
 The checkpoint is a run's folder (its newest checkpoint), RUN/checkpoints/STEP or a Hugging Face
 folder; for a run, --config may be left out: its own config.json serves. From the config come
 student.dtype, data.prompt_style, data.prompt_buckets, rollout.max_new_tokens, rollout.slots,
-eval.temperature (top-p is 1), eval.batch, reward.*, mesh.*, seed; any of them may be set by
---config.KEY=VALUE.
+eval.temperature (top-p is 1), eval.batch, reward.*, mesh.*, rollout_mesh.*, seed; any of them may
+be set by --config.KEY=VALUE.
 
 Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugging Face hub at the
 revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
@@ -55,7 +55,7 @@ from kdrl_jax.evaluation.runner import ask
 from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine
-from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
 from kdrl_jax.training.problems import make_grader
 from kdrl_jax.training.validation import validate
@@ -63,7 +63,8 @@ from kdrl_jax.types import UserError
 
 # What an evaluation reads of a config; only these are checked.
 READS = (
-    *("seed", "cache_dir", "student.dtype", "data.prompt_style", "data.prompt_buckets", "mesh."),
+    *("seed", "cache_dir", "student.dtype", "data.prompt_style", "data.prompt_buckets"),
+    *("mesh.", "rollout_mesh."),
     *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
     *("eval.samples", "reward."),
 )
@@ -94,7 +95,7 @@ def evaluate(
     """
     display, wrong = Display(), Refusals()
     tokenizer, window, weights = policy.tokenizer(), policy.shape().max_positions, policy.digest()
-    mesh = wrong.attempt(make_mesh, **config.mesh)
+    mesh = wrong.attempt(rollout_mesh, config)
     others = [wrong.attempt(_read_results, folder) for folder in compare]
     plans: list[Plan] = []
     figures: dict[str, Figures] = {}

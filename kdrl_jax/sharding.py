@@ -1,25 +1,31 @@
 """The device mesh, and one strict table from parameter paths to partition specs.
 
 Axes: `data` and `fsdp` both split the batch; `fsdp` also splits every large weight; `tensor`
-splits heads, the MLP width and the vocabulary.
+splits heads, the MLP width and the vocabulary; `context` splits the length of rows that are scored
+or trained on.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdrl_jax.types import UserError
 
-AXES = ("data", "fsdp", "tensor")
+# From the outermost to the innermost: `tensor` talks most, so its devices are the nearest ones. As
+# `context` follows `data`, rollouts can take both for one axis without moving a weight.
+AXES = ("data", "context", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
+SPREAD_AXES = ("fsdp", "data", "context")
+"""A moment's part is a part of its weight's."""
 
 # (regex that must match the whole '/'-joined path, spec without the leading layer axis).
 # Weights under `layers/` are stacked: their first axis is the layer and is never split.
@@ -40,39 +46,90 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
 # Activations by logical axis name.
 ACTIVATION_RULES: dict[str | None, Any] = {
     "batch": BATCH_AXES,
+    "tokens": (*BATCH_AXES, "context"),  # of a batch of rows, all together
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "vocab": "tensor",
-    "length": None,
+    "length": "context",
     "embed": None,
     None: None,
 }
 
 
 def make_mesh(
-    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+    data: int = -1,
+    fsdp: int = 1,
+    tensor: int = 1,
+    context: int = 1,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    key: str = "mesh",
 ) -> Mesh:
     """A mesh over `devices` (default: all); one size may be -1 and is then inferred.
 
+    On several TPU slices, `data` or else `fsdp` runs over the slices and the other axes within.
+
+    Args:
+      key: of the config, for errors.
+
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices; says which would.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
-    names = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
-        raise UserError(f"{names}: sizes must be positive, with at most one -1 to be inferred")
-    known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes:
-        if len(devices) % known:
-            raise UserError(f"{names}: {known} does not divide the {len(devices)} devices present")
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices):
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context}
+    sizes = infer_sizes(sizes, len(devices), key)
+    shape = tuple(sizes[axis] for axis in AXES)
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if slices == 1:
+        kinds = (AxisType.Auto,) * len(AXES)
+        return jax.make_mesh(shape, AXES, axis_types=kinds, devices=devices)
+    over = next((axis for axis in BATCH_AXES if sizes[axis] % slices == 0), None)
+    if over is None:
         raise UserError(
-            f"{names}: needs {known} devices, {len(devices)} are present; use -1 for one axis"
+            f"{key}.data={sizes['data']}, {key}.fsdp={sizes['fsdp']}: neither is a multiple of the "
+            f"{slices} slices, and only they can run over slices; use {key}.data={slices}"
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    outer = [slices if axis == over else 1 for axis in AXES]
+    inner = [n // m for n, m in zip(shape, outer, strict=True)]
+    grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices=devices)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def infer_sizes(sizes: Mapping[str, int], count: int, key: str = "mesh") -> dict[str, int]:
+    """`sizes` by axis with the -1 replaced, for `count` devices.
+
+    Raises:
+      UserError: they do not multiply to `count`.
+    """
+    names = ", ".join(f"{key}.{axis}={size}" for axis, size in sizes.items())
+    unknown = [axis for axis, size in sizes.items() if size == -1]
+    if len(unknown) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"{names}: sizes must be positive, with at most one -1 to be inferred")
+    known = math.prod(size for size in sizes.values() if size != -1)
+    if known == count and not unknown:
+        return dict(sizes)
+    if unknown and count % known == 0:
+        return {axis: count // known if size == -1 else size for axis, size in sizes.items()}
+    # The largest axis is what one would change.
+    axis = max(sizes, key=lambda axis: sizes[axis])
+    if rest := count % (known // sizes[axis]):
+        hint = f"the product of the others does not divide {count} (remainder {rest})"
+    else:
+        fits = count // (known // sizes[axis])
+        fits = nearest_divisor(sizes[axis], fits) if unknown else fits
+        hint = f"{key}.{axis}={fits} does"
+    raise UserError(
+        f"{names}: {known} does not {'divide' if unknown else 'make'} the {count} devices "
+        f"present; {hint}"
+    )
+
+
+def nearest_divisor(size: int, of: int) -> int:
+    """The divisor of `of` that is nearest to `size`; of two, the smaller."""
+    divisors = (n for n in range(1, of + 1) if of % n == 0)
+    return min(divisors, key=lambda n: (abs(n - size), n))
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -116,9 +173,9 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
     """Shardings of a TrainState: whatever mirrors a parameter is split as that parameter.
 
     Optimizer moments carry the parameter's path as the end of their own; everything else
-    (counters, scalars) is replicated. Moments are split over `data` too, which has whole copies of
-    the weights, where the sizes allow it: no copy of a moment is kept twice (ZeRO, arXiv
-    1910.02054, stage 1).
+    (counters, scalars) is replicated. Moments are split over `data` and `context` too, which have
+    whole copies of the weights, where the sizes allow it: no copy of a moment is kept twice (ZeRO,
+    arXiv 1910.02054, stage 1).
     """
 
     def one(path: Any, leaf: Any) -> NamedSharding:
@@ -127,18 +184,28 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
             name = "/".join(parts[start:])
             if any(re.fullmatch(pattern, name) for pattern, _ in PARAM_RULES):
                 spec = param_spec(name) if leaf.ndim else P()
-                spread_out = "opt_state" in parts and mesh.shape["data"] > 1
+                spread_out = "opt_state" in parts
                 return NamedSharding(mesh, spread(spec, leaf) if spread_out else spec)
         return NamedSharding(mesh, P())
 
     def spread(spec: P, leaf: Any) -> P:
         axes = (
-            BATCH_AXES if part == "fsdp" and _divides(mesh, BATCH_AXES, size) else part
+            SPREAD_AXES if part == "fsdp" and _divides(mesh, SPREAD_AXES, size) else part
             for part, size in zip(spec, leaf.shape, strict=False)
         )
         return P(*axes)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def to_mesh(mesh: Mesh, tree: Any) -> Any:
+    """Weights on another mesh, each split over the axes that split it now, if any do."""
+
+    def one(x: jax.Array) -> jax.Array:
+        spec = getattr(x.sharding, "spec", None)
+        return x if spec is None else put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, tree)
 
 
 def in_memory(kind: str, tree: Any) -> Any:
@@ -179,13 +246,39 @@ def batch_parts(mesh: Any) -> int:
     return _axis_size(mesh, BATCH_AXES)
 
 
+def put(tree: Any, sharding: Any) -> Any:
+    """Arrays to devices, which may be those of several processes.
+
+    Args:
+      tree: device arrays; or host arrays, the same in every process.
+      sharding: one, or a tree of them in the shape of `tree`.
+    """
+
+    def of_host(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+        x = np.asarray(x)
+        with jax.transfer_guard("allow"):  # it is meant, as a device_put is
+            return jax.make_array_from_callback(x.shape, where, lambda index: x[index])
+
+    def one(x: Any, where: jax.sharding.Sharding) -> jax.Array:
+        if not isinstance(x, jax.Array):
+            # A device_put would ask the other processes whether they have the same.
+            return jax.device_put(x, where) if jax.process_count() == 1 else of_host(x, where)
+        if x.is_fully_addressable and not where.is_fully_addressable:
+            return of_host(jax.device_get(x), where)
+        return x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
+
+    if isinstance(sharding, jax.sharding.Sharding):
+        return jax.tree.map(lambda x: one(x, sharding), tree)
+    return jax.tree.map(one, tree, sharding)
+
+
 def put_batch(mesh: Mesh, tree: Any) -> Any:
     """Arrays to the mesh's devices, split along their first axis where the mesh divides it."""
 
     def one(x: Any) -> jax.Array:
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         whole = x.ndim == 0 or not _divides(mesh, BATCH_AXES, x.shape[0])
-        return jax.device_put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
+        return put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
 
     return jax.tree.map(one, tree)
 

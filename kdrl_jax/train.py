@@ -14,22 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kdrl_jax.cli import enable_compilation_cache, parse_config_args, run_entry
-from kdrl_jax.config import digest, to_json
+from kdrl_jax import processes
+from kdrl_jax.cli import EXIT_STOPPED, enable_compilation_cache, parse_config_args, run_entry
+from kdrl_jax.config import digest, flatten
 from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend
 from kdrl_jax.rollout import RolloutEngine, sampling_params
-from kdrl_jax.sharding import make_mesh, put_batch
-from kdrl_jax.training.checkpoints import CheckpointStore
+from kdrl_jax.sharding import put_batch
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.memory_check import MemoryCheck
-from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
+from kdrl_jax.training.meshes import describe, make_meshes
+from kdrl_jax.training.metrics import Display, unlock_folder
 from kdrl_jax.training.performance import Meter
 from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import (
@@ -37,9 +37,8 @@ from kdrl_jax.training.roles import (
     check_roles,
     decoder_of,
     ends_differently,
-    write_model_files,
 )
-from kdrl_jax.training.run import Run
+from kdrl_jax.training.run import Run, open_workdir
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.validation import compare_for_resume, has_checkpoint, validate
 from kdrl_jax.types import UserError
@@ -54,40 +53,45 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: before anything is allocated, with one line per problem.
     """
-    sizes = validate(config)
-    saved = workdir / "config.json"
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir: {workdir} is a file; give a folder")
-    if saved.exists() and has_checkpoint(workdir):
-        compare_for_resume(json.loads(saved.read_text(encoding="utf-8")), config, saved)
+    processes.start(flatten(config).get("process_timeout_s"))  # the values are checked by all
+    with processes.together():
+        sizes = validate(config)
+        saved = workdir / "config.json"
+        if workdir.exists() and not workdir.is_dir():
+            raise UserError(f"--workdir: {workdir} is a file; give a folder")
+        if saved.exists() and has_checkpoint(workdir):
+            compare_for_resume(json.loads(saved.read_text(encoding="utf-8")), config, saved)
+    processes.agree("--config", {"configuration": digest(config.to_dict())})
     enable_compilation_cache(Path(config.cache_dir))
-    display = Display()
+    display = Display(quiet=not processes.is_first())
 
-    # --- Mesh ----------------------------------------------------------------------------------
-    mesh, teacher_mesh = make_mesh(**config.mesh), make_mesh(**config.teacher_mesh)
-    display.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, mesh {dict(mesh.shape)}")
+    with processes.together():
+        # --- Mesh ------------------------------------------------------------------------------
+        meshes = make_meshes(config)
+        mesh = meshes.student
+        display.say(describe(mesh))
 
-    # --- Data ----------------------------------------------------------------------------------
-    tokenizer = load_run_tokenizer(config)
-    problems, held_out, data_report = read_run_data(config, tokenizer, display)
-    ro, buckets = config.rollout, config.data.prompt_buckets
-    data_digest = digest([ids for _, ids in problems])
+        # --- Data ------------------------------------------------------------------------------
+        tokenizer = load_run_tokenizer(config)
+        problems, held_out, data_report = read_run_data(config, tokenizer, display)
+        ro, buckets = config.rollout, config.data.prompt_buckets
+        data_digest = digest([ids for _, ids in problems])
 
-    # --- Student and teacher -------------------------------------------------------------------
-    shapes = check_roles(config, sizes, tokenizer, {"mesh": mesh, "teacher_mesh": teacher_mesh})
-    job = (config, sizes, shapes, mesh, teacher_mesh)
-    memory = MemoryCheck(*job).require(display)
-    meter = Meter(*job, display)
-    lock_folder(workdir)
-    write_atomic(saved, to_json(config))
-    write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
-    write_model_files(workdir, shapes["student"], tokenizer)
+        # --- Student and teacher ---------------------------------------------------------------
+        shapes = check_roles(config, sizes, tokenizer, meshes)
+        job = (config, sizes, shapes, meshes)
+        memory = MemoryCheck(*job).require(display)
+        meter = Meter(*job, display)
+    store = open_workdir(workdir, config, shapes["student"], tokenizer, data_report)
+    start = store.latest_step()
+    same = {"data": data_digest, "checkpoint": str(start), "tokenizer": digest(tokenizer.vocab())}
+    processes.agree(str(workdir), same)
     student = decoder_of(config.student, shapes["student"])
     teacher = reference = None
     if sizes.method.uses_teacher:
         model = decoder_of(config.teacher, shapes["teacher"])
-        params = build_role("teacher", config, model, tokenizer, teacher_mesh, display)
-        teacher = Weights(model, params, teacher_mesh, offload=config.teacher.offload)
+        params = build_role("teacher", config, model, tokenizer, meshes.teacher, display)
+        teacher = Weights(model, params, meshes.teacher, offload=config.teacher.offload)
     if config.reference_coef:
         params = build_role("student", config, student, tokenizer, mesh, display)
         reference = Weights(student, student.cast(params), mesh)
@@ -113,25 +117,23 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         **{k: ro[k] for k in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
     )
 
-    def engine_of(model: Decoder, where: Mesh) -> RolloutEngine:
+    def engine_of(model: Decoder) -> RolloutEngine:
         return RolloutEngine(
             model,
             valid_vocab=tokenizer.size,
             prompt_buckets=buckets,
             max_new_tokens=ro.max_new_tokens,
             slots=ro.slots,
-            mesh=where,
+            mesh=meshes.rollout,
         )
 
     # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
-    engine = engine_of(dataclasses.replace(student, dtype=sizes.rollout_dtype), mesh)
+    engine = engine_of(dataclasses.replace(student, dtype=sizes.rollout_dtype))
     by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
 
     # --- Resume --------------------------------------------------------------------------------
     # From the newest whole checkpoint, else from the student's own weights. Random keys are
     # functions of step and data position, which is 1 rollout batch a step but for refilled ones.
-    store = CheckpointStore(workdir, config.checkpoint.keep)
-    start = store.latest_step()
     position, trend, carried = 0, Trend(), ""
     if start is None:
         params = build_role("student", config, student, tokenizer, mesh, display)
@@ -151,9 +153,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # --- Loop ----------------------------------------------------------------------------------
     book = Run(config, workdir, start, store, display, data_digest, trend, memory, meter)
-    with make_grader(config, config.data.task) as grader, book as run:
+    with processes.explained(), make_grader(config, config.data.task) as grader, book as run:
         collector = Collector(
-            engine_of(teacher.model, teacher.mesh) if teacher and by_teacher else engine,
+            engine_of(teacher.model) if teacher and by_teacher else engine,
             problems,
             PromptBatches(len(problems), ro.prompts_per_step, config.seed),
             tokenizer,
@@ -196,20 +198,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
             step += 1
             run.step_done(step, metrics, {"beta": beta, **found.metrics}, rollouts, found, scores)
-            run.write_samples(step, found)
+            run.write_samples(step, found, tokenizer)
             evaluate_student(step)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 run.save(step, state, position, collector.carried)
         if run.stopping:
             run.save(step, state, position, collector.carried)
         summary = run.finish(step)
-    unlock_folder(workdir)
+    if processes.is_first():
+        unlock_folder(workdir)
     return summary
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
-    train(*parse_config_args(argv, __doc__))
+    """The command line; see the module's docstring. Exits with 75 if it was told to stop."""
+    if not train(*parse_config_args(argv, __doc__))["finished"]:
+        raise SystemExit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

@@ -97,9 +97,8 @@ def assert_same(found, expected, segment_ids, bound):
 @pytest.fixture
 def interpreted(monkeypatch):
     """Splash attention by Pallas' interpreter."""
-    make = splash_attention.make_splash_mha_single_device
-    interpreted = functools.partial(make, interpret=True)
-    monkeypatch.setattr(splash_attention, "make_splash_mha_single_device", interpreted)
+    interpreted = functools.partial(splash_attention.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention, "make_splash_mha", interpreted)
 
 
 @pytest.fixture
@@ -245,7 +244,7 @@ def test_the_platform_chooses(platform, length, dtype, cudnn, expected, monkeypa
         patch.setattr(jax, "default_backend", lambda: platform)
         assert attention._implementation(q, k) == expected
     device = AbstractDevice("a device", 1, platform)
-    mesh = AbstractMesh((1, 1, 1), AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    mesh = AbstractMesh((1,) * 4, AXES, (AxisType.Auto,) * 4, abstract_device=device)
     with jax.sharding.use_abstract_mesh(mesh):
         assert attention._implementation(q, k) == expected
 
@@ -301,13 +300,15 @@ def test_cudnns_calls_lower_for_cuda(monkeypatch):
     assert "PADDING_CAUSAL" in text
 
 
-@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 2)])
-def test_a_tpus_compiler_takes_splash_attention(fsdp, tensor, monkeypatch):
+@pytest.mark.parametrize(
+    ("fsdp", "tensor", "context"), [(1, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+)
+def test_a_tpus_compiler_takes_splash_attention(fsdp, tensor, context, monkeypatch):
     pytest.importorskip("libtpu", reason="needs libtpu, as in the extra `tpu`; no TPU")
     monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")  # else it looks for a TPU's host
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another process may compile as well
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices
-    mesh = make_mesh(1, fsdp, tensor, devices=devices[: fsdp * tensor])
+    mesh = make_mesh(1, fsdp, tensor, context, devices=devices[: fsdp * tensor * context])
     model = Decoder(config(128, hidden_size=256), jnp.bfloat16, remat="full")
     shapes = model.shapes()
     params = jax.tree.map(
@@ -315,7 +316,8 @@ def test_a_tpus_compiler_takes_splash_attention(fsdp, tensor, monkeypatch):
         shapes,
         param_shardings(mesh, shapes),
     )
-    rows = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=NamedSharding(mesh, P(BATCH_AXES)))
+    split = NamedSharding(mesh, P(BATCH_AXES))
+    rows = jax.ShapeDtypeStruct((4, 256 * (2 * context - 1)), jnp.int32, sharding=split)
 
     def loss(params, *rows):
         return model.apply(params, *rows).astype(jnp.float32).sum()

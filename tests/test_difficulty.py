@@ -98,7 +98,7 @@ def test_counts_are_those_of_each_problem_alone(tiny, measured):
     config = load_config(ROOT / "configs" / "base.py")
     assert config.rollout.top_p == 1.0
     policy = entry.find_policy(tiny / "toy")
-    mesh = entry.make_mesh(1, 1, 1, jax.devices()[:1])
+    mesh = entry.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model, params, tokenizer = entry.load_policy(policy, mesh, "float32")
     engine = RolloutEngine(
         model, valid_vocab=tokenizer.size, prompt_buckets=(9,), max_new_tokens=10, mesh=mesh

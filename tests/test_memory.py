@@ -29,6 +29,7 @@ from kdrl_jax.training.memory_check import (
     device_limit,
     out_of_memory,
 )
+from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.scoring import Scorer
 from kdrl_jax.training.state import abstract_state, make_optimizer, make_schedule
@@ -71,13 +72,13 @@ def config_of(**changes):
 
 
 def one_device():
-    return make_mesh(1, 1, 1, jax.devices()[:1])
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def planner_of(config, model, mesh=None, on_cpu=True):
     mesh = mesh or one_device()
     both = {"student": model, "teacher": model}
-    return Planner(config, validate(config), both, mesh, mesh, on_cpu)
+    return Planner(config, validate(config), both, Meshes(mesh, mesh, mesh), on_cpu)
 
 
 def bytes_of(lowered) -> int:
@@ -290,7 +291,7 @@ def test_levers_take_their_share_away():
 def check_of(config, model=None, mesh=None) -> MemoryCheck:
     mesh = mesh or one_device()
     both = dict.fromkeys(("student", "teacher"), model or shape())
-    return MemoryCheck(config, validate(config), both, mesh, mesh)
+    return MemoryCheck(config, validate(config), both, Meshes(mesh, mesh, mesh))
 
 
 LONG = {

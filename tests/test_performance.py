@@ -34,6 +34,7 @@ ONE_LAYER = ModelConfig(
     head_dim=32,
     mlp_size=384,
 )
+ONE_LAYER_BF16 = (ONE_LAYER, "bfloat16", False)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,9 @@ def test_flops_of_a_forward_pass_beside_xla():
 
 def test_the_roofline_of_decoding():
     """By hand: ten steps of 4 slots, each token with 100 tokens of cache."""
-    model = Placed.on(make_mesh(1, 1, 1, jax.devices()[:1]), ONE_LAYER, "bfloat16", on_cpu=False)
+    model = Placed.on(
+        make_mesh(1, 1, 1, devices=jax.devices()[:1]), ONE_LAYER, "bfloat16", on_cpu=False
+    )
     done = DecodeStats(steps=10, slot_steps=40, tokens=40, context=4000)
     weights = 128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 384 + 512 * 128
     read = 10 * weights * 2 + 4000 * 2 * 2 * 32 * 2
@@ -91,10 +94,14 @@ def test_the_roofline_of_decoding():
     assert decode_seconds(model, done, Peak(1e30, 1e9)) == pytest.approx(read / 1e9)
     assert decode_seconds(model, done, Peak(1e9, 1e30)) == pytest.approx(flops / 1e9)
     # Split over tensor, each of two devices reads half of everything.
-    split = Placed.on(make_mesh(1, 1, 2, jax.devices()[:2]), ONE_LAYER, "bfloat16", on_cpu=False)
+    split = Placed.on(
+        make_mesh(1, 1, 2, devices=jax.devices()[:2]), ONE_LAYER, "bfloat16", on_cpu=False
+    )
     assert decode_seconds(split, done, Peak(1e30, 1e9)) == pytest.approx(read / 2e9)
     # Split over the batch, each reads all weights and half of the cache.
-    rows = Placed.on(make_mesh(2, 1, 1, jax.devices()[:2]), ONE_LAYER, "bfloat16", on_cpu=False)
+    rows = Placed.on(
+        make_mesh(2, 1, 1, devices=jax.devices()[:2]), ONE_LAYER, "bfloat16", on_cpu=False
+    )
     half = 10 * weights * 2 + 2000 * 2 * 2 * 32 * 2
     assert decode_seconds(rows, done, Peak(1e30, 1e9)) == pytest.approx(half / 1e9)
 

@@ -320,7 +320,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(cache, tmp_path, ca
 def restore_params_of(workdir):
     model = train.Decoder(load_config(workdir / "model"))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    mesh = train.make_mesh(1, 1, 1, jax.devices()[:1])
+    mesh = train.make_mesh(1, 1, 1, devices=jax.devices()[:1])
     return restore_params(workdir, abstract_params(model, param_shardings(mesh, shapes)))
 
 

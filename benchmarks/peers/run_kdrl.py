@@ -45,7 +45,7 @@ def make_model(shape: w.Shape, dtype: str = "float32", remat: str = "full") -> D
 
 def one_device() -> Mesh:
     """The mesh that everything here runs on."""
-    return make_mesh(1, 1, 1, jax.devices()[:1])
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
 
 
 def rollout(

@@ -13,14 +13,18 @@ import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from kdrl_jax.models import kernels
+from kdrl_jax.models.context import context_order, context_parts, from_context
 from kdrl_jax.models.layers import einsum
-from kdrl_jax.sharding import activation_spec
+from kdrl_jax.sharding import activation_spec, shares
 from kdrl_jax.types import KVCache
 
 # Not -inf: a row of padding masks every key, and its softmax must stay finite.
@@ -46,13 +50,16 @@ def attend(
     nothing may be seen (padding, id 0) the output is meaningless but finite.
 
     Args:
-      q, k, v: rotated queries and keys, and values; compute dtype.
-      segment_ids: 0 = padding.
+      q, k, v: rotated queries and keys, and values; compute dtype. Where devices share a row's
+        length, their columns are in `context_order`.
+      segment_ids: 0 = padding; in the order of the row.
 
     Returns:
       Weighted values, in q's dtype.
     """
     implementation = _implementation(q, k)
+    if context_parts() > 1:
+        return _in_context(q, k, v, segment_ids, implementation)
     if implementation == "blockwise":
         return _blockwise(q, k, v, segment_ids, _attend_block)
     kernel = {"splash": kernels.splash, "cudnn": _cudnn}[implementation]
@@ -67,6 +74,82 @@ def attend(
         kernel, in_specs=(heads, heads, heads, rows), out_specs=heads, check_vma=False
     )
     return parts(q, k, v, segment_ids)
+
+
+def _in_context(
+    q: Float[Array, "R L N H"],
+    k: Float[Array, "R L K H"],
+    v: Float[Array, "R L K H"],
+    segment_ids: Int[Array, "R L"],
+    implementation: str,
+) -> Float[Array, "R L N H"]:
+    """`attend` where devices share a row's length: each has its queries see all keys.
+
+    Keys and values are gathered, which is little where few heads have them. In plain JAX and
+    cuDNN every query meets every key, those that the mask hides too.
+    """
+    mesh, parts = jax.sharding.get_abstract_mesh(), context_parts()
+    length, share = q.shape[1], q.shape[1] // parts
+    heads = activation_spec(mesh, k.shape, "batch", "length", "kv_heads", None)
+    rows = activation_spec(mesh, segment_ids.shape, "batch", None)
+    order = context_order(length, parts)
+    kernel, of_kernel, attend_block = None, P(), _attend_block
+    tiles = [block for block in kernels.SPLASH_BLOCKS if share % block == 0]
+    if implementation == "splash" and tiles:
+        local = q.shape[2] // (shares("kv_heads", k.shape[2]))
+        kernel = kernels.splash_kernel(order, local, tiles[0], parts)
+        of_kernel = kernel.manual_sharding_spec(NamedSharding(mesh, P(None, "context")))
+    elif implementation == "cudnn":
+        attend_block = kernels.cudnn_masked
+
+    @functools.partial(
+        jax.shard_map,
+        in_specs=(of_kernel, heads, heads, heads, rows, P("context")),
+        out_specs=heads,
+        check_vma=False,
+    )
+    def attend_all(
+        kernel: Any, q: Array, k: Array, v: Array, segment_ids: Array, columns: Array
+    ) -> Array:
+        k, v = (
+            from_context(jax.lax.all_gather(x, "context", axis=1, tiled=True), parts)
+            for x in (k, v)
+        )
+        mine = jnp.take(segment_ids, columns, axis=1)
+        if kernel is not None:
+            return kernels.run_splash(kernel, q, k, v, segment_ids, mine)
+        return _query_blocks(q, mine, columns, k, v, segment_ids, attend_block)
+
+    return attend_all(kernel, q, k, v, segment_ids, jnp.asarray(order, jnp.int32))
+
+
+def _query_blocks(
+    q: Float[Array, "R Q N H"],
+    query_segments: Int[Array, "R Q"],
+    columns: Int[Array, "Q"],
+    k: Float[Array, "R L K H"],
+    v: Float[Array, "R L K H"],
+    segment_ids: Int[Array, "R L"],
+    attend_block: Callable[..., Array],
+) -> Float[Array, "R Q N H"]:
+    """Queries at any columns over all keys, some queries at a time, by `attend_block`."""
+    count = q.shape[1]
+    blocks = -(-count // QUERY_BLOCK)
+    size = -(-count // blocks)
+    size += size % 2  # which cuDNN asks for
+
+    def split(x: Array) -> Array:
+        x = kernels.pad_rows(x, blocks * size)
+        return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def block(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, Array]:
+        queries, segments, index = xs
+        return None, attend_block(queries, k, v, segments, segment_ids, index)
+
+    index = jnp.pad(columns, (0, blocks * size - count)).reshape(blocks, size)
+    out = jax.lax.scan(block, None, (split(q), split(query_segments), index))[1]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * size, *q.shape[2:])[:, :count]
 
 
 def _implementation(q: Float[Array, "R L N H"], k: Float[Array, "R L K H"]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 # Tiles of splash attention, of queries and of keys. Rows are padded to whole tiles.
@@ -31,12 +32,26 @@ def splash(
       q, k, v: rotated queries and keys, and values; compute dtype.
       segment_ids: 0 = padding.
     """
+    length, heads = q.shape[1:3]
+    block = min(SPLASH_BLOCKS, key=lambda block: (-length % block, -block))
+    kernel = splash_kernel(np.arange(length + -length % block), heads, block)
+    padded = [pad_rows(x, length + -length % block) for x in (q, k, v, segment_ids)]
+    q, k, v, segments = padded
+    return run_splash(kernel, q, k, v, segments, segments)[:, :length]
+
+
+def splash_kernel(columns: Int[np.ndarray, "Q"], heads: int, block: int, context: int = 1) -> Any:
+    """The kernel for queries at `columns` of a row, which see the keys up to their own.
+
+    Args:
+      columns: as many as the row has, in the order of the queries.
+      heads: on a device.
+      block: edge of a tile; divides the queries of a device.
+      context: devices that share the queries.
+    """
     # Imported here: Pallas takes half a second, and other platforms have no use for it.
     from jax.experimental.pallas.ops.tpu import splash_attention as kernels
 
-    length, heads, width = q.shape[1:]
-    block = min(SPLASH_BLOCKS, key=lambda block: (-length % block, -block))
-    padded = length + -length % block
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -45,14 +60,31 @@ def splash(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    causal = kernels.MultiHeadMask([kernels.CausalMask((padded, padded))] * heads)
-    kernel = kernels.make_splash_mha_single_device(causal, block_sizes=sizes)
+    causal = kernels.CausalMask((len(columns), len(columns)))
+    causal.q_sequence = columns.astype(np.int32)
+    return kernels.make_splash_mha(
+        kernels.MultiHeadMask([causal] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=context,
+    )
 
-    q = (q.astype(jnp.float32) * width**-0.5).astype(q.dtype)  # the kernel does not scale
-    q, k, v = (jnp.swapaxes(pad_rows(x, padded), 1, 2) for x in (q, k, v))
-    segment_ids = pad_rows(segment_ids, padded)
-    out = jax.vmap(kernel)(q, k, v, kernels.SegmentIds(segment_ids, segment_ids))
-    return jnp.swapaxes(out, 1, 2)[:, :length]
+
+def run_splash(
+    kernel: Any,
+    q: Float[Array, "R Q N H"],
+    k: Float[Array, "R L K H"],
+    v: Float[Array, "R L K H"],
+    key_segments: Int[Array, "R L"],
+    query_segments: Int[Array, "R Q"],
+) -> Float[Array, "R Q N H"]:
+    """A device's part of what `splash_kernel` made; lengths are multiples of its block."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as kernels
+
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)  # the kernel does not scale
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
+    segments = kernels.SegmentIds(query_segments, key_segments)
+    return jnp.swapaxes(jax.vmap(kernel)(q, k, v, segments), 1, 2)
 
 
 def has_cudnn(q: Float[Array, "R L N H"], k: Float[Array, "R L K H"]) -> bool:

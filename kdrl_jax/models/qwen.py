@@ -20,8 +20,10 @@ from jaxtyping import Array, Float, Int
 
 from kdrl_jax.models.attention import attend
 from kdrl_jax.models.config import ModelConfig
+from kdrl_jax.models.context import context_length, context_parts, from_context, to_context
 from kdrl_jax.models.decoding import DecodeWeights, decode_layer, fuse_layer
 from kdrl_jax.models.int8 import dequantize
+from kdrl_jax.models.kernels import pad_rows
 from kdrl_jax.models.layers import (
     MLP,
     AttentionProjections,
@@ -196,6 +198,13 @@ class Decoder:
           positions: RoPE positions, counted within each segment.
           segment_ids: 0 = padding; rows may pack several segments.
         """
+        length, parts = tokens.shape[1], context_parts()
+        if parts > 1:
+            filled = context_length(length)
+            tokens, positions, segment_ids = (
+                pad_rows(x, filled) for x in (tokens, positions, segment_ids)
+            )
+            tokens, positions = (to_context(x, parts) for x in (tokens, positions))
         rope = rope_angles(self.config, positions)
 
         def look(q: Array, k: Array, v: Array) -> tuple[Array, None]:
@@ -205,6 +214,8 @@ class Decoder:
             return self._layer(weights, x, rope, look)
 
         x, _ = jax.lax.scan(REMAT[self.remat](step), self._embed(params, tokens), params["layers"])
+        if parts > 1:
+            x = from_context(x, parts)[:, :length]
         return self._final_norm(params, x)
 
     def prefill(

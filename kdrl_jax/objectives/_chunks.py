@@ -1,7 +1,7 @@
 """How the functions of hidden states and an output head go through [R, T] piece by piece.
 
 Tokens are taken some columns of the batch at a time. Chunks run along the length, so a batch
-split over devices stays split.
+split over devices stays split; where the length is split too, each device's columns make a row.
 """
 
 from __future__ import annotations
@@ -14,13 +14,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kdrl_jax.objectives._checks import require_rank, require_shape
-from kdrl_jax.sharding import batch_parts, constrain
+from kdrl_jax.sharding import batch_parts, constrain, shares
 
 
 class Plan(NamedTuple):
-    """How [R, T] is cut: `shards` parts of the rows, `chunks` of `width` tokens of the length."""
+    """How [R, T] is cut: each row in `context` parts, and these in `chunks` of `width` tokens.
+
+    The R·context parts are in `shards` groups, one for each device that has a share of them.
+    """
 
     shards: int
+    context: int
     chunks: int
     width: int
     valid_vocab: int
@@ -39,13 +43,14 @@ def make_plan(
     if chunk < 1:
         raise ValueError(f"chunk: {chunk} found; must be 1 or more")
     rows, length = hidden.shape[:2]
-    shards = _batch_shards(rows)
-    chunks = max(1, math.ceil(length / max(1, chunk * shards // max(1, rows))))
+    shards, context = _parts(rows)
+    part = math.ceil(length / context)
+    chunks = max(1, math.ceil(part / max(1, chunk * shards // max(1, rows))))
     # Chunks of equal width: the last one is filled up with fewer than `chunks` columns.
-    width = math.ceil(length / chunks)
+    width = math.ceil(part / chunks)
     temperature = jnp.asarray(temperature, jnp.float32)
     scale = jax.lax.stop_gradient(1.0 / jnp.where(temperature > 0, temperature, 1.0))
-    return Plan(shards, chunks, width, valid_vocab), scale
+    return Plan(shards * context, context, chunks, width, valid_vocab), scale
 
 
 def require_head(valid_vocab: int, **arrays: Array) -> None:
@@ -61,28 +66,36 @@ def require_head(valid_vocab: int, **arrays: Array) -> None:
         )
 
 
-def _batch_shards(rows: int) -> int:
-    """Parts that the mesh in use splits the rows into; 1 without a mesh or if it cannot."""
+def _parts(rows: int) -> tuple[int, int]:
+    """Parts that the mesh in use splits the rows and the length into; 1 where it cannot."""
     mesh = jax.sharding.get_abstract_mesh()
     parts = 1 if mesh.empty else batch_parts(mesh)
-    return parts if rows % parts == 0 else 1
+    return (parts, shares("length", 0)) if rows % parts == 0 else (1, 1)
 
 
 def cut(plan: Plan, x: Array) -> Array:
-    """`[R, T, ...]` to `[chunks, R, width, ...]`, the length filled up with zeros."""
+    """`[R, T, ...]` to `[chunks, R·context, width, ...]`, the length filled up with zeros."""
     rows, length, *rest = x.shape
-    x = jnp.pad(x, [(0, 0), (0, plan.chunks * plan.width - length), *[(0, 0)] * len(rest)])
-    x = jnp.moveaxis(x.reshape(rows, plan.chunks, plan.width, *rest), 1, 0)
-    return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+    columns = plan.context * plan.chunks * plan.width
+    x = jnp.pad(x, [(0, 0), (0, columns - length), *[(0, 0)] * len(rest)])
+    if plan.context > 1:  # groups in the order of the devices that have them
+        x = x.reshape(plan.shards // plan.context, -1, plan.context, columns // plan.context, *rest)
+        x = x.swapaxes(1, 2)
+    x = x.reshape(rows * plan.context, plan.chunks, plan.width, *rest)
+    return constrain(jnp.moveaxis(x, 1, 0), None, "tokens", *[None] * (x.ndim - 2))
 
 
-def join(x: Array, length: int) -> Array:
+def join(x: Array, length: int, plan: Plan) -> Array:
     """The inverse of `cut`."""
-    chunks, rows, width, *rest = x.shape
-    return jnp.moveaxis(x, 0, 1).reshape(rows, chunks * width, *rest)[:, :length]
+    chunks, parts, width, *rest = x.shape
+    x = jnp.moveaxis(x, 0, 1)
+    if plan.context > 1:
+        x = x.reshape(plan.shards // plan.context, plan.context, -1, chunks * width, *rest)
+        x = x.swapaxes(1, 2)
+    return x.reshape(parts // plan.context, plan.context * chunks * width, *rest)[:, :length]
 
 
 def by_shard(plan: Plan, x: Array) -> Array:
     """`[R, ...]` to `[shards, R / shards, ...]`, each shard on the devices that have its rows."""
     x = x.reshape(plan.shards, x.shape[0] // plan.shards, *x.shape[1:])
-    return constrain(x, "batch", *[None] * (x.ndim - 1))
+    return constrain(x, "tokens", *[None] * (x.ndim - 1))

@@ -147,7 +147,7 @@ def _in_blocks(plan: Plan, blocks: _Blocks, head: Array, hidden: Array) -> Float
 
 def _block_logits(hidden: Array, block: Array, scale: Array) -> Float[Array, "R W V"]:
     z = jnp.einsum("RWD,VD->RWV", hidden, block, preferred_element_type=jnp.float32) * scale
-    return constrain(z, "batch", None, "vocab")
+    return constrain(z, "tokens", None, "vocab")
 
 
 def _valid(plan: Plan, blocks: _Blocks, index: Int[Array, ""]) -> Bool[Array, "1 1 V"]:
@@ -214,7 +214,7 @@ def _forward(
 
     with jax.named_scope("full_divergence"):
         _, outputs = jax.lax.scan(tokens, None, (cut(plan, hidden), cut(plan, teacher_hidden)))
-        divergence, log_sum, log_sum_q = (join(x, hidden.shape[1]) for x in outputs)
+        divergence, log_sum, log_sum_q = (join(x, hidden.shape[1], plan) for x in outputs)
     saved = (hidden, head, teacher_hidden, teacher_head, scale, divergence, log_sum, log_sum_q)
     return divergence, saved
 
@@ -247,20 +247,20 @@ def _backward(
             # As in `logprobs`: the parts of the batch meet once, after the loops.
             parts = (by_shard(plan, d_z), by_part)
             d_rows += jnp.einsum("ZRWV,ZRWD->ZVD", *parts, preferred_element_type=jnp.float32)
-            return d_hidden, constrain(d_rows, "batch", "vocab", None)
+            return d_hidden, constrain(d_rows, "tokens", "vocab", None)
 
         zeros = jnp.zeros(hidden.shape, jnp.float32)
         d_hidden, d_head = jax.lax.scan(block, zeros, (*heads, d_head))
-        return constrain(d_head, None, "batch", "vocab", None), d_hidden.astype(hidden.dtype)
+        return constrain(d_head, None, "tokens", "vocab", None), d_hidden.astype(hidden.dtype)
 
     with jax.named_scope("full_divergence_backward"):
         shape = (blocks.number, plan.shards, blocks.width, head.shape[1])
-        d_head = constrain(jnp.zeros(shape, jnp.float32), None, "batch", "vocab", None)
+        d_head = constrain(jnp.zeros(shape, jnp.float32), None, "tokens", "vocab", None)
         xs = tuple(cut(plan, x) for x in (hidden, teacher_hidden, cotangent, *per_token))
         d_head, d_hidden = jax.lax.scan(tokens, d_head, xs)
         d_head = d_head.sum(1).reshape(-1, head.shape[1])[: plan.valid_vocab]
         d_head = jnp.pad(d_head, [(0, head.shape[0] - plan.valid_vocab), (0, 0)])
-        return join(d_hidden, hidden.shape[1]), d_head.astype(head.dtype), None, None, None
+        return join(d_hidden, hidden.shape[1], plan), d_head.astype(head.dtype), None, None, None
 
 
 _scan_divergence.defvjp(_forward, _backward)

@@ -182,7 +182,7 @@ def _forward(
         zeros = _zeros(loss, plan, compute_head, shared, xs)
         start = (zeros, new_head_gradient(plan, head))
         (total, d_head), d_hidden = jax.lax.scan(body, start, xs)
-    return total, (join(d_hidden, hidden.shape[1]), d_head.sum(0).astype(head.dtype))
+    return total, (join(d_hidden, hidden.shape[1], plan), d_head.sum(0).astype(head.dtype))
 
 
 def _value_and_gradient(loss: Loss, scores: TokenScores, rest: Any, shared: Any) -> Any:

@@ -176,7 +176,7 @@ def top_support(
     with jax.named_scope("top_support"):
         xs = (cut(plan, hidden), cut(plan, targets))
         _, found = jax.lax.scan(body, None, xs)
-        log_probs, ids, of_support = (join(x, hidden.shape[1]) for x in found)
+        log_probs, ids, of_support = (join(x, hidden.shape[1], plan) for x in found)
     return log_probs, ids, of_support
 
 
@@ -194,7 +194,7 @@ def chunk_logits(
 ) -> Float[Array, "R W V"]:
     """Logits over temperature, float32, −inf from valid_vocab on."""
     z = _product("TD,VD->TV", hidden.reshape(-1, hidden.shape[-1]), head) * scale
-    z = constrain(z.reshape(*hidden.shape[:2], -1), "batch", None, "vocab")
+    z = constrain(z.reshape(*hidden.shape[:2], -1), "tokens", None, "vocab")
     return z if plan.valid_vocab == z.shape[-1] else jnp.where(valid_ids(plan, z), z, -jnp.inf)
 
 
@@ -258,7 +258,7 @@ def new_head_gradient(plan: Plan, head: Array) -> Float[Array, "Z V D"]:
     The parts meet once, after the loop over chunks. A single sum would make every chunk wait for
     an all-reduce of [V, D].
     """
-    return constrain(jnp.zeros((plan.shards, *head.shape), jnp.float32), "batch", "vocab", None)
+    return constrain(jnp.zeros((plan.shards, *head.shape), jnp.float32), "tokens", "vocab", None)
 
 
 def head_gradients(
@@ -278,7 +278,7 @@ def head_gradients(
     else:
         d_head += _product("ZTV,ZTD->ZVD", d_z, tokens)
     d_hidden = d_hidden.astype(hidden.dtype).reshape(hidden.shape)
-    return constrain(d_head, "batch", "vocab", None), d_hidden
+    return constrain(d_head, "tokens", "vocab", None), d_hidden
 
 
 def _product(equation: str, x: Array, y: Array) -> Array:
@@ -324,7 +324,7 @@ def _forward(
     with jax.named_scope("token_log_probs"):
         xs = jax.tree.map(functools.partial(cut, plan), (hidden, targets, support))
         _, outputs = jax.lax.scan(body, None, xs)
-        scores = jax.tree.map(lambda x: join(x, targets.shape[1]), outputs)
+        scores = jax.tree.map(lambda x: join(x, targets.shape[1], plan), outputs)
     saved = (hidden, head, targets, support, scale, scores)
     return (scores.log_probs, scores.entropy, scores.at_support), saved
 
@@ -345,7 +345,7 @@ def _backward(
         per_token = (hidden, targets, support, scores, cotangents)
         xs = jax.tree.map(functools.partial(cut, plan), per_token)
         d_head, d_hidden = jax.lax.scan(body, new_head_gradient(plan, head), xs)
-        d_hidden, d_head = join(d_hidden, targets.shape[1]), d_head.sum(0).astype(head.dtype)
+        d_hidden, d_head = join(d_hidden, targets.shape[1], plan), d_head.sum(0).astype(head.dtype)
         return d_hidden, d_head, None, None, None
 
 

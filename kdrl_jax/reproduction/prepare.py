@@ -16,8 +16,8 @@ from kdrl_jax.models import Decoder
 from kdrl_jax.reproduction.grid import Cell, Grid
 from kdrl_jax.reproduction.runner import Job, read_json
 from kdrl_jax.rollout import RolloutEngine
-from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.evaluation import evaluate
+from kdrl_jax.training.meshes import make_meshes
 from kdrl_jax.training.metrics import Display, write_atomic
 from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import build_role, check_roles
@@ -61,9 +61,9 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
         role, config = "student" if name.startswith(STUDENT) else "teacher", cell.load()
         sizes = validate(config)
         tokenizer = load_run_tokenizer(config)
-        meshes = {key: make_mesh(**config[key]) for key in ("mesh", "teacher_mesh")}
+        meshes = make_meshes(config)
         shapes = check_roles(config, sizes, tokenizer, meshes)
-        mesh = meshes["mesh" if role == "student" else "teacher_mesh"]
+        mesh = meshes.student if role == "student" else meshes.teacher
         model = Decoder(shapes[role], config[role].dtype, config[role].remat)
         params = build_role(role, config, model, tokenizer, mesh, display)
         if role == "student":
@@ -75,7 +75,7 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
             prompt_buckets=config.data.prompt_buckets,
             max_new_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
-            mesh=mesh,
+            mesh=meshes.rollout,
         )
         with make_grader(config, config.data.task) as grader:
             scores, _ = evaluate(

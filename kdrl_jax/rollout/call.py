@@ -21,7 +21,7 @@ from kdrl_jax.rollout.schedule import (
     plan_batches,
     smaller_batch,
 )
-from kdrl_jax.sharding import batch_parts, put_batch, replicated
+from kdrl_jax.sharding import batch_parts, put, put_batch, replicated
 from kdrl_jax.types import (
     FINISH_EOS,
     FINISH_LENGTH,
@@ -98,7 +98,7 @@ class Call:
         limits, keys = jax.device_get((sampling.max_new_tokens, jax.random.key_data(request_keys)))
         self._limits = np.clip(np.broadcast_to(limits, (problems, group)), 1, length).reshape(-1)
         self._keys = keys.reshape(total, -1)
-        self._sampling = jax.device_put(sampling, replicated(engine.mesh))
+        self._sampling = self._put(sampling)
         self._right_padded = _to_the_left(prompts)
         self._weights = engine._unstack(params)
         self._group, self._enough = group, enough or problems
@@ -281,7 +281,7 @@ class Call:
         return smaller_batch(slots, running, batch_parts(self._engine.mesh))
 
     def _put(self, tree: Any) -> Any:
-        return jax.device_put(tree, replicated(self._engine.mesh))
+        return put(tree, replicated(self._engine.mesh))
 
 
 def _to_the_left(prompts: Prompts) -> Int[np.ndarray, "P S"]:

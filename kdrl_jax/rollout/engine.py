@@ -17,7 +17,7 @@ from jaxtyping import PRNGKeyArray
 from kdrl_jax.rollout import decode as device
 from kdrl_jax.rollout.call import Call, DecodeStats, Finished
 from kdrl_jax.rollout.schedule import window_sizes
-from kdrl_jax.sharding import make_mesh
+from kdrl_jax.sharding import make_mesh, to_mesh
 from kdrl_jax.types import Params, Prompts, Rollouts, SamplingParams
 
 CHUNK = 32
@@ -41,7 +41,7 @@ class RolloutEngine:
       prompt_buckets: the padded prompt lengths there may be.
       max_new_tokens: T, the completion slots; the end token takes one.
       slots: requests that are decoded at once; 0: all that are asked for.
-      mesh: where the parameters are; default: the first device.
+      mesh: where rollouts are drawn; its `context` is 1. Default: the first device.
 
     Attributes:
       last: what the last `generate` did.
@@ -57,7 +57,7 @@ class RolloutEngine:
         slots: int = 0,
         mesh: Mesh | None = None,
     ):
-        self.mesh = mesh or make_mesh(1, 1, 1, jax.devices()[:1])
+        self.mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
         self.prompt_buckets = tuple(prompt_buckets)
         self.max_new_tokens = max_new_tokens
         self.slots = slots
@@ -90,7 +90,8 @@ class RolloutEngine:
         """G completions of each of P prompts, as host arrays.
 
         Args:
-          params: the policy's weights, in their shards.
+          params: the policy's weights, in their shards; sent to this engine's mesh if they are
+            laid out otherwise.
           prompts: left-padded to one of the buckets.
           request_keys: `[P, G]`, see `request_keys`.
           sampling: device arrays; values may change between calls without a new program.
@@ -117,6 +118,7 @@ class RolloutEngine:
                 f"request_keys: shape {request_keys.shape} for {len(prompts.lengths)} prompts; "
                 "must be [P, G]"
             )
+        params = to_mesh(self.mesh, params)
         with jax.set_mesh(self.mesh):
             call = Call(
                 self, params, prompts, request_keys, sampling, expected_lengths, begun, enough

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
+from kdrl_jax import processes
 from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import (
@@ -29,7 +30,15 @@ from kdrl_jax.training.carried import (
     to_text,
 )
 from kdrl_jax.training.evaluation import EncodedProblem
-from kdrl_jax.types import UNFINISHED, Params, Problem, Rollouts, SamplingParams, Verdict
+from kdrl_jax.types import (
+    OUTCOMES,
+    UNFINISHED,
+    Params,
+    Problem,
+    Rollouts,
+    SamplingParams,
+    Verdict,
+)
 
 Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
 
@@ -47,8 +56,23 @@ def solved(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
     return rewards.max(axis=1) > 0
 
 
+def share_verdicts(found: Mapping[int, Verdict], total: int) -> list[Verdict]:
+    """The verdicts on all requests, of which each process has those that are its own."""
+    outcomes = np.full(total, -1, np.int32)
+    rewards = np.zeros(total, np.float32)
+    for number, verdict in found.items():
+        outcomes[number] = OUTCOMES.index(verdict.outcome)
+        rewards[number] = verdict.reward
+    outcomes = processes.gather(outcomes).max(axis=0)
+    rewards = processes.gather(rewards).sum(axis=0)
+    return [
+        Verdict(float(reward), OUTCOMES[outcome]) if outcome >= 0 else NOT_GRADED
+        for reward, outcome in zip(rewards, outcomes, strict=True)
+    ]
+
+
 class Collected:
-    """P·G rollouts of one step with their texts. Asking for `verdicts` waits for the grader.
+    """P·G rollouts of one step. Asking for `verdicts` waits for the graders of all processes.
 
     Args:
       decoding: what drawing them took, with those that were replaced.
@@ -58,11 +82,10 @@ class Collected:
         self,
         asked: Sequence[EncodedProblem],
         rollouts: Rollouts,
-        texts: Sequence[str],
         grade: Callable[[], list[Verdict]],
         decoding: DecodeStats,
     ):
-        self.asked, self.rollouts, self.texts = asked, rollouts, texts
+        self.asked, self.rollouts = asked, rollouts
         self.decoding = decoding
         self.metrics: dict[str, float] = {}
         self._grade = grade
@@ -201,19 +224,18 @@ class Collector:
         asked = [self._problems[i] for i in chosen]
         prompts = pad_prompts([ids for _, ids in asked], self._buckets, self._tokenizer.pad_id)
         keys = request_keys(self._seed, position, chosen, self._group)
-        texts = [""] * keys.size
         graded: list[tuple[list[int], Future[list[Verdict]]]] = []
 
         def read(finished: list[Finished]) -> None:
-            numbers = [request.number for request in finished]
-            for request in finished:
-                texts[request.number] = self._tokenizer.decode(request.tokens.tolist())
+            own = [request for request in finished if processes.mine(request.number)]
+            numbers = [request.number for request in own]
+            texts = [self._tokenizer.decode(request.tokens.tolist()) for request in own]
             problems = [asked[number // self._group][0] for number in numbers]
-            graded.append((numbers, self._grade([texts[n] for n in numbers], problems)))
+            graded.append((numbers, self._grade(texts, problems)))
 
         def grade() -> list[Verdict]:
             found = {n: v for ns, job in graded for n, v in zip(ns, job.result(), strict=True)}
-            return [found.get(number, NOT_GRADED) for number in range(len(texts))]
+            return share_verdicts(found, keys.size)
 
         options: dict[str, Any] = {"expected_lengths": self._expected(chosen)}
         if groups is not None:
@@ -233,7 +255,7 @@ class Collector:
         done = (rollouts.finish_reason != UNFINISHED).all(axis=1)
         lengths = rollouts.lengths.mean(1)[done].tolist()
         self._seen.update(zip(np.asarray(chosen)[done].tolist(), lengths, strict=True))
-        return Collected(asked, rollouts, texts, grade, self._engine.last)
+        return Collected(asked, rollouts, grade, self._engine.last)
 
     def _grade(self, texts: list[str], problems: list[Problem]) -> Future[list[Verdict]]:
         """Verdicts on a response to each problem, from processes that work beside the devices."""
@@ -257,7 +279,6 @@ class Collector:
         both = Collected(
             [*found.asked, *more.asked],
             rollouts,
-            [*found.texts, *more.texts],
             lambda: verdicts,
             found.decoding + more.decoding,
         )
@@ -272,7 +293,6 @@ class Collector:
         return Collected(
             [found.asked[p] for p in picks],
             jax.tree.map(lambda x: x[list(picks)], found.rollouts),
-            flat(found.texts),
             lambda: flat(found.verdicts),
             found.decoding,
         )

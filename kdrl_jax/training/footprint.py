@@ -36,6 +36,7 @@ class Placed:
     batch: int
     fsdp: int
     tensor: int
+    context: int
     on_cpu: bool
 
     @classmethod
@@ -43,7 +44,8 @@ class Placed:
         """`shape` on `mesh`, with the `dtype` of its role."""
         sizes, small = mesh.shape, dtype == "int8"
         width = jnp.dtype("bfloat16" if small else dtype).itemsize
-        return cls(shape, width, small, batch_parts(mesh), sizes["fsdp"], sizes["tensor"], on_cpu)
+        fsdp, tensor, context = (sizes[axis] for axis in ("fsdp", "tensor", "context"))
+        return cls(shape, width, small, batch_parts(mesh), fsdp, tensor, context, on_cpu)
 
     @property
     def acts(self) -> int:
@@ -64,8 +66,8 @@ class Placed:
         return self.stored(self.width) - self.small * saved / (self.fsdp * self.tensor)
 
     def moments(self) -> float:
-        """AdamW's two, which `data` splits as well."""
-        return self.shape.num_params * 2 * F32 / (self.batch * self.tensor)
+        """AdamW's two, which `data` and `context` split as well."""
+        return self.shape.num_params * 2 * F32 / (self.batch * self.context * self.tensor)
 
     def whole(self, width: float) -> float:
         """All weights at `width` bytes, gathered over fsdp."""
@@ -125,14 +127,22 @@ class Placed:
         if length <= QUERY_BLOCK:
             attention += c.num_heads / t * length * (F32 + a)
         per_token = (2 * a + F32) * c.hidden_size + max(attention, 3 * a * c.mlp_size / t)
-        return rows * length * per_token + self.scores(rows, length) + self.gathered()
+        found = rows * length / self.context * per_token + self.keys(rows, length)
+        return found + self.scores(rows, length) + self.gathered()
 
     def backward(self, rows: float, length: int) -> float:
         """The working set of one layer, backwards: all that it may keep, made again."""
-        return rows * length * self.kept("none", length) + self.scores(rows, length)
+        kept = rows * length / self.context * self.kept("none", length)
+        return kept + self.keys(rows, length) + self.scores(rows, length)
+
+    def keys(self, rows: float, length: int) -> float:
+        """Keys and values of whole rows, gathered where `context` shares the length."""
+        heads = self.shape.num_kv_heads * self.shape.head_dim / self.tensor
+        return 2 * rows * length * heads * self.acts if self.context > 1 else 0.0
 
     def logits(self, rows: float, length: int, chunk: int) -> float:
         """One array of a chunk's logits; see `make_plan` in the objectives."""
-        chunks = max(1, math.ceil(length / max(1, int(chunk // max(1, rows)))))
+        part = math.ceil(length / self.context)
+        chunks = max(1, math.ceil(part / max(1, int(chunk // max(1, rows)))))
         vocab = self.shape.vocab_size
-        return F32 * rows * math.ceil(length / chunks) * vocab / self.tensor
+        return F32 * rows * math.ceil(part / chunks) * vocab / self.tensor

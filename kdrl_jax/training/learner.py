@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend, beta_schedule, phase_schedule
-from kdrl_jax.sharding import in_memory, put_batch, replicated
+from kdrl_jax.sharding import in_memory, put, put_batch, replicated
 from kdrl_jax.training.batch import Rows, build_batch, rollout_rows
 from kdrl_jax.training.packing import pack_rows
 from kdrl_jax.training.scoring import Scorer
@@ -80,7 +80,7 @@ class Learner:
         if teacher and method.kd and config.kd_estimator == "full":
             # Replicated: the loss reads it whole, a part of the vocabulary at a time.
             head_weights = jax.jit(teacher.model.head)(teacher.params)
-            self._teacher_head = jax.device_put(head_weights, replicated(mesh))
+            self._teacher_head = put(head_weights, replicated(mesh))
         self._fill_slots = jax.jit(
             functools.partial(
                 build_batch,

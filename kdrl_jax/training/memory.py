@@ -10,13 +10,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.rollout.engine import chunk_size
 from kdrl_jax.rollout.schedule import choose_window, window_sizes
 from kdrl_jax.training.footprint import F32, Placed
+from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.scoring import scoring_chunk
 from kdrl_jax.training.validation import Sizes
 
@@ -102,28 +102,33 @@ class Planner:
         config: ConfigDict,
         sizes: Sizes,
         shapes: Mapping[str, ModelConfig],
-        mesh: Mesh,
-        teacher_mesh: Mesh,
+        meshes: Meshes,
         on_cpu: bool,
     ):
         self.config, self.sizes = config, sizes
-        self.student = Placed.on(mesh, shapes["student"], config.student.dtype, on_cpu)
-        self._sampler = Placed.on(mesh, shapes["student"], sizes.rollout_dtype, on_cpu)
+        student = shapes["student"]
+        self.student = Placed.on(meshes.student, student, config.student.dtype, on_cpu)
+        self._sampler = Placed.on(meshes.rollout, student, sizes.rollout_dtype, on_cpu)
+        home = set(meshes.student.devices.flat)
+        self._apart = {"teacher": home.isdisjoint(meshes.teacher.devices.flat)}
+        self._apart["rollout"] = home.isdisjoint(meshes.rollout.devices.flat)
         self._packed = sizes.micro_batches > 1
-        self.teacher = None
+        self.teacher = self._by_teacher = None
         if "teacher" in shapes:
             shape, dtype = shapes["teacher"], config.teacher.dtype
-            self.teacher = Placed.on(teacher_mesh, shape, dtype, on_cpu)
+            self.teacher = Placed.on(meshes.teacher, shape, dtype, on_cpu)
+            if sizes.method.sampler == "teacher":
+                self._by_teacher = Placed.on(meshes.rollout, shape, dtype, on_cpu)
         estimator = config.kd_estimator if sizes.method.kd else ""
         self._support = config.kd_topk.k if estimator == "topk" else 0
         self._full = self.teacher if estimator == "full" else None
 
     def plan(self, levers: Levers) -> Plan:
         """Each phase at its worst moment. 'score' is there only if somebody is asked."""
-        config, by_teacher = self.config, self.sizes.method.sampler == "teacher"
+        config = self.config
         phases = {
             "rollout": self._sampling(
-                (self.teacher if by_teacher else None) or self._sampler,
+                self._by_teacher or self._sampler,
                 config.rollout.prompts_per_step + config.rollout.carry,
                 config.rollout.group_size,
                 levers,
@@ -136,12 +141,14 @@ class Planner:
             phases["eval"] = self._sampling(self._sampler, *asked, levers)
         return Plan({name: parts for name, parts in phases.items() if parts})
 
-    def resident(self) -> Parts:
-        """What lives from the first step to the last."""
+    def resident(self, where: str = "student") -> Parts:
+        """What lives from the first step to the last, on the devices of a mesh."""
+        if where != "student" and self._apart[where]:
+            return {"teacher": self.teacher.frozen()} if where == "teacher" and self.teacher else {}
         parts = {"weights": self.student.stored(F32)}
         if not self.config.optimizer.offload:
             parts["moments"] = self.student.moments()
-        if self.teacher and not self.config.teacher.offload:
+        if self.teacher and not self.config.teacher.offload and not self._apart["teacher"]:
             parts["teacher"] = self.teacher.frozen()
         if self.config.reference_coef:
             parts["reference"] = self.student.frozen()
@@ -192,9 +199,14 @@ class Planner:
         }
         copying = {"activations": model.whole(model.width) if model.width < F32 else 0.0}
         always = {"rollout's copy of weights": model.unstacked(), "batch": self._batch(levers)}
-        if model is self.teacher and self.config.teacher.offload:
+        by_teacher = model is self._by_teacher
+        home = self.teacher if by_teacher and self.teacher else self.student
+        if by_teacher and self.config.teacher.offload:
             always["teacher"] = model.frozen()
-        return self._worst(always, drawing, growing, filling, admitting, copying)
+        elif (home.fsdp, home.tensor) != (model.fsdp, model.tensor) or self._apart["rollout"]:
+            stored = model.frozen() if by_teacher else model.stored(F32)
+            always["weights as rollouts have them"] = stored
+        return self._worst("rollout", always, drawing, growing, filling, admitting, copying)
 
     def _scoring(self, levers: Levers) -> Parts:
         """See `Scorer`: one forward pass at a time, and logits in chunks."""
@@ -208,24 +220,25 @@ class Planner:
         if self.teacher and self.sizes.method.scores:
             asked.append((self.teacher, self.teacher.width))
         length, row = self._scored(levers), self._row(levers)
-        moments: list[Parts] = []
+        moments: dict[str, list[Parts]] = {"student": [], "teacher": []}
         for model, stored in asked:
+            of = moments["teacher" if model is self.teacher else "student"]
             rows = model.rows(levers.micro_batch)
             copies = LOSS_LOGITS + (1 if self._support else 0)
             head = model.table(model.acts) if stored != model.acts or model.fsdp > 1 else 0.0
-            moments.append({"activations": model.forward(rows, row)})
             logits = copies * model.logits(rows, length, chunk)
-            moments.append({"logits": logits + head})
+            of += [{"activations": model.forward(rows, row)}, {"logits": logits + head}]
         always = {"batch": self._batch(levers)}
         if self.teacher and self.config.teacher.offload:
             always["teacher"] = self.teacher.frozen()
-        return self._worst(always, *moments) if asked else {}
+        found = [self._worst(where, always, *of) for where, of in moments.items() if of]
+        return max(found, key=lambda parts: sum(parts.values()), default={})
 
     def _updating(self, levers: Levers) -> Parts:
         """See `make_update`: the loss, the backward pass, then AdamW."""
         model, length, row = self.student, self._scored(levers), self._row(levers)
         rows = model.rows(levers.micro_batch)
-        kept = rows * row * model.shape.num_layers * model.kept(levers.remat, row)
+        kept = rows * row / model.context * model.shape.num_layers * model.kept(levers.remat, row)
         several = self.sizes.rollouts // self.config.mini_batches > levers.micro_batch
         gradients = model.stored(F32)
         sums = gradients if several else 0.0  # of the micro-batches before
@@ -245,7 +258,7 @@ class Planner:
         always = {"batch": self._batch(levers, updating=True)}
         if self.config.optimizer.offload:
             always["moments"] = model.moments()
-        return self._worst(always, of_loss, of_layers, of_adamw)
+        return self._worst("student", always, of_loss, of_layers, of_adamw)
 
     def _batch(self, levers: Levers, updating: bool = False) -> float:
         """Rollouts, rows and scores; while updating also the batch, its part, and that split."""
@@ -262,6 +275,6 @@ class Planner:
             )
         return self.student.rows(self.sizes.rollouts) * found
 
-    def _worst(self, always: Parts, *moments: Parts) -> Parts:
+    def _worst(self, where: str, always: Parts, *moments: Parts) -> Parts:
         worst = max(moments, key=lambda parts: sum(parts.values()))
-        return {**self.resident(), **always, **worst}
+        return {**self.resident(where), **always, **worst}

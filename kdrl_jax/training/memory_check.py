@@ -12,12 +12,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.sharding import batch_parts
 from kdrl_jax.training.memory import GIB, Levers, Planner, human
+from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.validation import Sizes
 from kdrl_jax.types import UserError
@@ -83,14 +83,13 @@ class MemoryCheck:
         config: ConfigDict,
         sizes: Sizes,
         shapes: Mapping[str, ModelConfig],
-        mesh: Mesh,
-        teacher_mesh: Mesh,
+        meshes: Meshes,
     ):
         on_cpu = jax.devices()[0].platform == "cpu"
-        self._planner = Planner(config, sizes, shapes, mesh, teacher_mesh, on_cpu)
+        self._planner = Planner(config, sizes, shapes, meshes, on_cpu)
         self._now = Levers.of(config)
-        self._slots_ways = batch_parts(mesh)
-        self._rows_ways = max(batch_parts(mesh), batch_parts(teacher_mesh))
+        self._slots_ways = batch_parts(meshes.rollout)
+        self._rows_ways = max(batch_parts(meshes.student), batch_parts(meshes.teacher))
         self._rows = sizes.rollouts // config.mini_batches
         self.plan = self._planner.plan(self._now)
         self.limit = device_limit(config.memory_gib)

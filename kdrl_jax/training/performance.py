@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.rollout import DecodeStats
 from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.footprint import Placed
+from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.validation import Sizes
 from kdrl_jax.types import Scores
@@ -157,21 +157,20 @@ class Meter:
         config: ConfigDict,
         sizes: Sizes,
         shapes: Mapping[str, ModelConfig],
-        mesh: Mesh,
-        teacher_mesh: Mesh,
+        meshes: Meshes,
         display: Display,
     ):
         self._config, self._shapes = config, shapes
-        self._devices = mesh.size
+        self._devices = meshes.student.size
         device = jax.devices()[0]
         self.peak = peak_of(device.device_kind) or measured_peak(config.student.dtype)
         by_teacher = sizes.method.sampler == "teacher"
-        name, where = ("teacher", teacher_mesh) if by_teacher else ("student", mesh)
+        name = "teacher" if by_teacher else "student"
         source = "measured" if self.peak.measured else "data sheet"
         tera, giga = self.peak.flops / 1e12, self.peak.bandwidth / 1e9
         display.say(f"peak of a device ({source}): {tera:.3g} TFLOP/s, {giga:.3g} GB/s")
         dtype = config.teacher.dtype if by_teacher else sizes.rollout_dtype
-        self._sampler = Placed.on(where, shapes[name], dtype, device.platform == "cpu")
+        self._sampler = Placed.on(meshes.rollout, shapes[name], dtype, device.platform == "cpu")
 
     def ideal(self, found: Collected, scores: Scores) -> Ideal:
         """What the devices could have made of a step. Waits for nothing."""

@@ -17,9 +17,10 @@ from ml_collections import ConfigDict
 from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
 from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf, quantize
-from kdrl_jax.sharding import param_shardings
+from kdrl_jax.sharding import batch_parts, nearest_divisor, param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.metrics import Display, write_atomic
 from kdrl_jax.training.sft import Example, train_supervised
 from kdrl_jax.training.state import init_params
@@ -76,16 +77,13 @@ def decoder_of(role: ConfigDict, shape: ModelConfig) -> Decoder:
 
 
 def check_roles(
-    config: ConfigDict, sizes: Sizes, tokenizer: Tokenizer, meshes: dict[str, Mesh]
+    config: ConfigDict, sizes: Sizes, tokenizer: Tokenizer, meshes: Meshes
 ) -> dict[str, ModelConfig]:
     """The shape of each role's model, after everything that can stand against it was checked.
 
-    Args:
-      meshes: config key to mesh.
-
     Raises:
-      UserError: a window that is too short, a vocabulary that does not fit, a micro-batch that
-        the mesh cannot split, a teacher that maps ids otherwise; one line each.
+      UserError: a window that is too short, a vocabulary that does not fit, heads or a micro-batch
+        that the mesh cannot split, a teacher that maps ids otherwise; one line each.
     """
     window = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     roles = ["student", "teacher"] if sizes.method.uses_teacher else ["student"]
@@ -108,18 +106,46 @@ def check_roles(
             f"kd_topk.k: {config.kd_topk.k} exceeds the {tokenizer.size} ids of the tokenizer; "
             "use that many at most"
         )
-    for key, mesh in meshes.items():
-        ways = mesh.shape["data"] * mesh.shape["fsdp"]
-        if config.micro_batch % ways:
+    of = {"mesh": ("student", meshes.student), "rollout_mesh": ("student", meshes.rollout)}
+    if sizes.method.uses_teacher:
+        of["teacher_mesh"] = ("teacher", meshes.teacher)
+    for key, (name, mesh) in of.items():
+        problems += mesh_problems(key, mesh, name, shapes[name])
+        ways = batch_parts(mesh)
+        if key != "rollout_mesh" and config.micro_batch % ways:
+            rows = sizes.rollouts // config.mini_batches
+            fits = [n for n in range(ways, rows + 1, ways) if rows % n == 0]
+            near = min(fits, key=lambda n: abs(n - config.micro_batch), default=None)
+            hint = (
+                f"micro_batch={near} is the nearest that works"
+                if near
+                else (f"{key}.data x {key}.fsdp={nearest_divisor(ways, config.micro_batch)} works")
+            )
             problems.append(
                 f"micro_batch: {config.micro_batch} is not a multiple of {key}.data x {key}.fsdp "
-                f"= {ways}; change one of them"
+                f"= {ways}; {hint}"
             )
     if problems:
         raise UserError(*problems)
     if sizes.method.uses_teacher and config.teacher.path:
         check_tokenizer_pair(tokenizer, load_tokenizer(model_folder(config.teacher.path)))
     return shapes
+
+
+def mesh_problems(key: str, mesh: Mesh, name: str, shape: ModelConfig) -> list[str]:
+    """What of a model a mesh cannot split evenly: a line for each, with the nearest size."""
+    split = (
+        ("tensor", "key/value heads", shape.num_kv_heads),
+        ("tensor", "MLP width", shape.mlp_size),
+        ("tensor", "vocabulary rows", shape.vocab_size),
+        ("fsdp", "width", shape.hidden_size),
+    )
+    return [
+        f"{key}.{axis}: {mesh.shape[axis]} does not divide the {name}'s {what}, {size}; the "
+        f"nearest that does is {nearest_divisor(mesh.shape[axis], size)}"
+        for axis, what, size in split
+        if size % mesh.shape[axis]
+    ]
 
 
 def build_role(

@@ -7,14 +7,20 @@ import math
 import platform
 import signal
 import time
+import uuid
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.errors import JaxRuntimeError
 from ml_collections import ConfigDict
 
+from kdrl_jax import processes
+from kdrl_jax.config import to_json
+from kdrl_jax.data import Tokenizer
+from kdrl_jax.models import ModelConfig
 from kdrl_jax.objectives import Trend
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collected
@@ -23,10 +29,12 @@ from kdrl_jax.training.metrics import (
     CompileCounter,
     Display,
     MetricsWriter,
+    lock_folder,
     read_metrics,
     write_atomic,
 )
 from kdrl_jax.training.performance import Ideal, Meter, speeds
+from kdrl_jax.training.roles import write_model_files
 from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
 from kdrl_jax.types import Rollouts, Scores, TrainState, UserError
 
@@ -35,11 +43,13 @@ class StopRequest:
     """True after SIGTERM or the first Ctrl-C: finish the step, save, and leave.
 
     A second Ctrl-C interrupts at once. Handlers are put back on exit; outside the main thread,
-    where none can be set, it stays False.
+    where none can be set, it stays False. Of several processes all stop after the same step,
+    whichever was told to: after the next `agree`.
     """
 
     def __init__(self) -> None:
         self.signal: int | None = None
+        self._agreed = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -59,15 +69,52 @@ class StopRequest:
             raise KeyboardInterrupt
         self.signal = number
 
+    def agree(self) -> None:
+        """Ask the other processes. All of them must call."""
+        self._agreed = processes.any_of(self.signal is not None)
+
     def __bool__(self) -> bool:
-        return self.signal is not None
+        alone = processes.count() == 1
+        return self._agreed or (alone and self.signal is not None)
+
+
+def open_workdir(
+    workdir: Path,
+    config: ConfigDict,
+    shape: ModelConfig,
+    tokenizer: Tokenizer,
+    data_report: Mapping[str, Any],
+) -> CheckpointStore:
+    """Take hold of a run's folder, and write down in it what is run.
+
+    Raises:
+      UserError: another run holds it, or processes do not share it.
+    """
+    nonce = workdir / ".processes"
+
+    def begin() -> None:
+        lock_folder(workdir)
+        write_atomic(workdir / "config.json", to_json(config))
+        write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
+        write_model_files(workdir, shape, tokenizer)
+        if processes.count() > 1:
+            write_atomic(nonce, uuid.uuid4().hex)
+
+    processes.first_does(begin)
+    with processes.together():
+        if processes.count() > 1 and not nonce.exists():
+            raise UserError(f"--workdir: {workdir} is not shared by all hosts; give one that is")
+    if processes.count() > 1:
+        processes.agree("--workdir", {"folder": nonce.read_text(encoding="ascii")})
+    return CheckpointStore(workdir, config.checkpoint.keep)
 
 
 class Run:
     """A run's folder while it is being written. Use as a context manager.
 
     A step's device metrics are read when the next step's rollouts have been started, so the
-    devices are never waited for in vain.
+    devices are never waited for in vain. Of several processes the first writes the files, and all
+    write their part of checkpoints.
 
     Args:
       start: updates already made; lines of `metrics.jsonl` after it are dropped.
@@ -95,7 +142,7 @@ class Run:
         self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
         self.stopping = StopRequest()
         self._begun = time.monotonic()
-        self._writer = MetricsWriter(workdir, start)
+        self._writer = MetricsWriter(workdir, start) if processes.is_first() else None
         self._track = self.display.track("step", config.steps, start or 0)
         self._pending: tuple[int, Any, dict[str, float]] | None = None
         self._ideal: Ideal | None = None
@@ -107,8 +154,10 @@ class Run:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.stopping.__exit__()
         self._track.close()
-        self._writer.close()
-        self.store.close()
+        if self._writer:
+            self._writer.close()
+        if not isinstance(error, JaxRuntimeError):  # else a save may wait for who is lost
+            self.store.close()
         if error is not None and out_of_memory(error):
             # The state may have been donated: nothing can be saved any more.
             waiting = self._pending is not None and self.clock.phase == "update"
@@ -152,7 +201,8 @@ class Run:
         return numbers
 
     def settle(self) -> None:
-        """Write the remembered step's line."""
+        """Write the remembered step's line, and see whether anybody was told to stop."""
+        self.stopping.agree()
         numbers = self.wait()
         if numbers is None:
             return
@@ -169,7 +219,7 @@ class Run:
             )
         kl = numbers.get("kl/teacher", self.trend.kl)  # the last known where no teacher was asked
         self.trend = self.trend.observe(kl, numbers["reward/mean"])
-        self._writer.write(step, dict(sorted(numbers.items())))
+        self._write(step, dict(sorted(numbers.items())))
         shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
         if "kl/teacher" in numbers:
             shown += f"  kl {numbers['kl/teacher']:.4f}"
@@ -182,17 +232,21 @@ class Run:
         self.clock.lap("eval")
         numbers = self.wait()
         if numbers is None:
-            self._writer.write(step, {**metrics, **self.clock.take()})
+            self._write(step, {**metrics, **self.clock.take()})
             self.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f}")
         else:
             numbers |= {**metrics, **self.clock.take()}
 
-    def write_samples(self, step: int, found: Collected) -> None:
+    def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self._writer:
+            self._writer.write(step, numbers)
+
+    def write_samples(self, step: int, found: Collected, tokenizer: Tokenizer) -> None:
         """`samples/step_000010.jsonl`, every `samples.every` steps."""
         s = self.config.samples
-        if s.every and step % s.every == 0:
+        if s.every and step % s.every == 0 and processes.is_first():
             path = self.workdir / "samples" / f"step_{step:06d}.jsonl"
-            write_samples(path, found, s.count)
+            write_samples(path, found, s.count, tokenizer)
 
     def save(self, step: int, state: TrainState, position: int, carried: str) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
@@ -216,6 +270,7 @@ class Run:
             "compile/seconds": round(self.compiles.seconds, 1),
             "objective": self.config.objective,
             "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            "processes": processes.count(),
             "versions": {
                 "python": platform.python_version(),
                 **{name: metadata.version(name) for name in ("jax", "flax", "optax")},
@@ -227,7 +282,8 @@ class Run:
         if rows:
             last = {k: v for k, v in rows[-1].items() if isinstance(v, float)}
             summary["last"] = last
-        write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        if processes.is_first():
+            write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._say_end(step, accuracy)
         return summary
 

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from kdrl_jax.objectives import support_log_probs, token_log_probs, top_support
-from kdrl_jax.sharding import BATCH_AXES, constrain, replicated
+from kdrl_jax.sharding import BATCH_AXES, constrain, put, replicated
 from kdrl_jax.training.batch import Rows
 from kdrl_jax.types import Params
 
@@ -164,11 +164,11 @@ class Scorer:
         passes = np.int32(len(rows.tokens) // self._rows // self._mini_batches)
         used = passes if rows.packing is None else rows.packing.used
         plain = rows._replace(packing=None)
-        moved = jax.device_put((plain, *more), NamedSharding(self.mesh, P(BATCH_AXES)))
-        numbers = jax.device_put((used, temperature), replicated(self.mesh))
+        moved = put((plain, *more), NamedSharding(self.mesh, P(BATCH_AXES)))
+        numbers = put((used, temperature), replicated(self.mesh))
         with jax.set_mesh(self.mesh):
             out = score(params, moved, *numbers, t=length, **options)
-        return jax.device_put(out, self._home)
+        return put(out, self._home)
 
 
 def split_micro_batches(tree: Any, count: int) -> Any:

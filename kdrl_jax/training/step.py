@@ -22,7 +22,7 @@ from kdrl_jax.objectives import (
     trrd_loss,
 )
 from kdrl_jax.objectives.distributions import Support
-from kdrl_jax.sharding import replicated, state_shardings
+from kdrl_jax.sharding import put, replicated, state_shardings
 from kdrl_jax.training.scoring import split_micro_batches
 from kdrl_jax.types import Params, TrainBatch, TrainState
 
@@ -73,7 +73,7 @@ def make_hyper(
         "clamp": clamp,
     }
     arrays = {name: np.float32(value) for name, value in numbers.items()}
-    return Hyper(**jax.device_put(arrays, replicated(mesh)))
+    return Hyper(**put(arrays, replicated(mesh)))
 
 
 class Objective(NamedTuple):
@@ -130,8 +130,8 @@ class Update:
 
     def _program(self, state: TrainState) -> Any:
         if self._jitted is None:  # the state's own shardings are those that come out
-            shardings = state_shardings(self._mesh, state)
-            self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=(shardings, None))
+            out = (state_shardings(self._mesh, state), replicated(self._mesh))
+            self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=out)
         return self._jitted
 
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from kdrl_jax.data import Tokenizer
 from kdrl_jax.training.collect import Collected
+from kdrl_jax.training.evaluation import completion_texts
 from kdrl_jax.training.metrics import write_atomic
 from kdrl_jax.types import FINISH_LENGTH, OUTCOMES, Rollouts, Verdict
 
@@ -47,9 +49,10 @@ def rollout_metrics(
     """Rewards, verdicts and lengths of one step.
 
     Args:
+      rollouts: host arrays.
       rewards: [P, G]; verdicts: the same in order, flat.
     """
-    lengths, finish = jax.device_get((rollouts.lengths, rollouts.finish_reason))
+    lengths, finish = rollouts.lengths, rollouts.finish_reason
     counts = collections.Counter(v.outcome for v in verdicts)
     group = rewards.mean(axis=1)
     return {
@@ -63,23 +66,24 @@ def rollout_metrics(
     }
 
 
-def write_samples(path: Path, found: Collected, count: int) -> None:
+def write_samples(path: Path, found: Collected, count: int, tokenizer: Tokenizer) -> None:
     """The first `count` rollouts of a step, one JSON object a line."""
-    lengths, finish = jax.device_get((found.rollouts.lengths, found.rollouts.finish_reason))
-    group = lengths.shape[1]
+    group = found.rollouts.lengths.shape[1]
+    shown = jax.tree.map(lambda x: x[: -(-count // group)], found.rollouts)
+    lengths, finish = shown.lengths.reshape(-1), shown.finish_reason.reshape(-1)
     lines = []
-    for i in range(min(count, len(found.texts))):
+    for i, text in enumerate(completion_texts(shown, tokenizer)[:count]):
         problem, verdict = found.asked[i // group][0], found.verdicts[i]
         row = {
             "id": problem.id,
             "sample": i % group,
             "problem": problem.problem,
             "answer": problem.answer,
-            "completion": found.texts[i],
+            "completion": text,
             "reward": verdict.reward,
             "outcome": verdict.outcome,
-            "length": int(lengths.reshape(-1)[i]),
-            "finish_reason": "length" if finish.reshape(-1)[i] == FINISH_LENGTH else "eos",
+            "length": int(lengths[i]),
+            "finish_reason": "length" if finish[i] == FINISH_LENGTH else "eos",
         }
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     write_atomic(path, "".join(lines))

@@ -74,12 +74,13 @@ _NOT_NEGATIVE = (
 _POSITIVE = (
     *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
     *("optimizer.eps", "reward.timeout_s", "student.sft.learning_rate", "trrd.clamp"),
-    "teacher.sft.learning_rate",
+    *("teacher.sft.learning_rate", "process_timeout_s"),
 )
 
 # Keys that may change between a run and its resumption; all others shape the result.
 RESUMABLE_CHANGES = (
-    *("steps", "checkpoint.", "samples.", "mesh.", "teacher_mesh.", "cache_dir", "micro_batch"),
+    *("steps", "checkpoint.", "samples.", "cache_dir", "micro_batch", "process_timeout_s"),
+    *("mesh.", "teacher_mesh.", "rollout_mesh."),
     *("reward.workers", "logprob_chunk", "rollout.slots", "memory_gib"),
     *("optimizer.offload", "teacher.offload"),
     *(f"{role}.remat" for role in ROLES),

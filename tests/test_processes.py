@@ -1,0 +1,239 @@
+"""One run on one process or several: the same numbers, the same files, and no hang."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kdrl_jax import processes
+from kdrl_jax.training.metrics import CLOCKED, read_metrics
+from tests.test_train import ROOT, TINY
+
+STEPS = 5
+SETTINGS = TINY | {
+    "steps": STEPS,
+    "seed": 1,
+    # Good enough to be right now and then.
+    "data.task_args": '{"min_terms": 2, "max_terms": 2, "max_operand": 3, "max_value": 20}',
+    "student.shape.hidden_size": 32,
+    "student.shape.mlp_size": 64,
+    "student.sft.steps": 150,
+    "student.sft.batch_size": 32,
+    "student.sft.problems": 24,
+    "data.size": 24,
+    "teacher.sft.problems": 24,
+    "rollout.max_new_tokens": 24,
+    "optimizer.learning_rate": 1e-3,
+    "rollout.prompts_per_step": 8,
+    "micro_batch": 16,
+    "eval.every": 5,
+    "eval.problems": 8,
+    "checkpoint.every": 2,
+    "mesh.data": 1,
+    "mesh.fsdp": -1,
+}
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("localhost", 0))
+        return found.getsockname()[1]
+
+
+def start(workdir, cache, count=1, devices=8, changes=({},), variables=({},)):
+    """The command in `count` processes with `devices` devices each, found by hand."""
+    port, started = free_port(), []
+    for index in range(count):
+        settings = SETTINGS | {"cache_dir": str(cache)} | changes[min(index, len(changes) - 1)]
+        flags = [f"--config.{key}={value}" for key, value in settings.items()]
+        environment = os.environ | {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        }
+        if count > 1:
+            environment |= {
+                "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+                "JAX_NUM_PROCESSES": str(count),
+                "JAX_PROCESS_ID": str(index),
+            }
+        environment |= variables[min(index, len(variables) - 1)]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "kdrl_jax.train", f"--config={ROOT / 'configs/demo.py'}"]
+                + [f"--workdir={workdir}", *flags],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    return started
+
+
+def finish(started, timeout=240):
+    """What the processes said, and what they exited with."""
+    try:
+        said = [process.communicate(timeout=timeout)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return said, [process.returncode for process in started]
+
+
+def run(workdir, cache, *args, **changes):
+    said, codes = finish(start(workdir, cache, *args, changes=(changes,)))
+    assert codes == [0] * len(codes), said
+    return metrics(workdir)
+
+
+def metrics(workdir):
+    found = read_metrics(Path(workdir) / "metrics.jsonl")
+    return {
+        row["step"]: {k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in found
+    }
+
+
+def samples(workdir):
+    return {path.name: path.read_text() for path in sorted((workdir / "samples").iterdir())}
+
+
+def assert_same(found, expected, steps):
+    for step in steps:
+        assert found[step].keys() == expected[step].keys()
+        for name, value in expected[step].items():
+            np.testing.assert_allclose(
+                found[step][name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} at step {step}"
+            )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache):
+    """The run on one device, which also makes the models that all others start from."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    run(workdir, cache, 1, 1)
+    return workdir
+
+
+def test_one_device_eight_devices_and_two_processes_are_one_run(alone, cache, tmp_path):
+    expected = metrics(alone)
+    assert sorted(expected) == list(range(STEPS + 1))
+    assert expected[STEPS]["kl/teacher"] > 0
+    layouts = {
+        "eight": ((1, 8), {"mesh.fsdp": 4, "mesh.data": 2}),
+        "context": ((1, 8), {"mesh.fsdp": 4, "mesh.context": 2}),
+        "two processes": ((2, 4), {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.data": 2}),
+    }
+    for name, (how, changes) in layouts.items():
+        workdir = tmp_path / name
+        assert_same(run(workdir, cache, *how, **changes), expected, range(STEPS + 1))
+        assert samples(workdir) == samples(alone)
+
+
+def test_a_run_goes_on_elsewhere(alone, cache, tmp_path):
+    """Two processes of 4 devices, then one of 4, then one of 2 x 2."""
+    workdir, expected = tmp_path / "run", metrics(alone)
+    run(workdir, cache, 2, 4, steps=2)
+    run(workdir, cache, 1, 4, steps=4)
+    assert_same(run(workdir, cache, 1, 4, **{"mesh.tensor": 2}), expected, range(1, STEPS + 1))
+
+
+def test_told_to_stop_all_save_and_stop(cache, alone, tmp_path):
+    workdir = tmp_path / "run"
+    started = start(workdir, cache, 2, 4, ({"steps": 500, "eval.every": 0},))
+    wait_for(workdir / "metrics.jsonl", started, lines=2)
+    started[1].send_signal(signal.SIGTERM)  # not the one that writes
+    said, codes = finish(started)
+    assert codes == [75, 75], said
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert not summary["finished"]
+    assert (workdir / "checkpoints" / str(summary["steps"])).is_dir()
+    assert "run the same command again" in said[0]
+
+
+def wait_for(path, started, lines):
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= lines:
+            return
+        assert all(process.poll() is None for process in started), finish(started)
+        time.sleep(0.1)
+    raise AssertionError(finish(started))
+
+
+def test_a_lost_process_ends_the_others_by_name(cache, alone, tmp_path):
+    workdir = tmp_path / "run"
+    changes = ({"steps": 500, "process_timeout_s": 8.0, "eval.every": 0},)
+    started = start(workdir, cache, 2, 2, changes)
+    wait_for(workdir / "metrics.jsonl", started, lines=2)
+    started[1].kill()
+    said, codes = finish(started, timeout=60)
+    assert codes[0] not in (0, 2, 75)
+    assert "another process of this run is lost" in said[0]
+    assert "stopped sending heartbeats):\n1" in said[0].replace("\r", "")
+
+
+def test_processes_that_disagree_do_not_start(cache, alone, tmp_path):
+    workdir = tmp_path / "run"
+    said, codes = finish(start(workdir, cache, 2, 2, ({}, {"seed": 2})))
+    assert codes == [2, 2]
+    for text in said:
+        assert "--config: process 1 = " in text
+        assert "has another configuration than the rest" in text
+    assert not workdir.exists()
+
+
+def test_data_that_is_missing_on_one_host_is_an_error_on_both(cache, alone, tmp_path):
+    data = tmp_path / "data.jsonl"
+    rows = [{"id": str(i), "problem": f"{i} + 1 =", "answer": str(i + 1)} for i in range(16)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own = {"data.path": str(data), "data.task": "", "eval.every": 0}
+    said, codes = finish(start(tmp_path / "run", cache, 2, 2, ({**own, "micro_batch": 7}, own)))
+    assert codes == [2, 2]
+    assert all("micro_batch: 7" in text and "(process 0 = " in text for text in said)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"JAX_PROCESS_ID": "0"}, "JAX_NUM_PROCESSES: not set, but JAX_PROCESS_ID is"),
+        (
+            {"JAX_PROCESS_ID": "x", "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            "JAX_PROCESS_ID: 'x' is no number",
+        ),
+        (
+            {"JAX_PROCESS_ID": "2", "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "a:1"},
+            "JAX_PROCESS_ID: 2 must be below JAX_NUM_PROCESSES",
+        ),
+    ],
+)
+def test_half_a_description_by_hand_is_refused(given, said, monkeypatch):
+    for name in processes.BY_HAND:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(processes.UserError, match=said):
+        processes.start(10)
+
+
+def test_alone_there_is_nobody_to_ask():
+    assert (processes.index(), processes.count(), processes.is_first()) == (0, 1, True)
+    assert processes.gather_text("a\nb") == ["a\nb"]
+    assert processes.any_of(True)
+    assert not processes.any_of(False)
+    processes.agree("here", {"this": "that"})
+    with pytest.raises(processes.UserError, match="^wrong$"), processes.together():
+        raise processes.UserError("wrong")
