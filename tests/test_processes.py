@@ -68,8 +68,14 @@ def start(workdir, cache, count=1, devices=8, changes=({},), variables=({},)):
         environment |= variables[min(index, len(variables) - 1)]
         started.append(
             subprocess.Popen(
-                [sys.executable, "-m", "kdrl_jax.train", f"--config={ROOT / 'configs/demo.py'}"]
-                + [f"--workdir={workdir}", *flags],
+                [
+                    sys.executable,
+                    "-m",
+                    "kdrl_jax.train",
+                    f"--config={ROOT / 'configs/demo.py'}",
+                    f"--workdir={workdir}",
+                    *flags,
+                ],
                 cwd=ROOT,
                 env=environment,
                 stdout=subprocess.PIPE,
