@@ -22,7 +22,7 @@ from kdrl_jax.config import digest, to_json
 from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend
-from kdrl_jax.rollout import RolloutEngine, sampling_params
+from kdrl_jax.rollout import Engine, RolloutEngine, sampling_params
 from kdrl_jax.sharding import make_mesh, put_batch
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collector, mixed, solved
@@ -40,6 +40,7 @@ from kdrl_jax.training.roles import (
     write_model_files,
 )
 from kdrl_jax.training.run import Run
+from kdrl_jax.training.serving import connect
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.validation import compare_for_resume, has_checkpoint, validate
 from kdrl_jax.types import UserError
@@ -77,12 +78,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     shapes = check_roles(config, sizes, tokenizer, {"mesh": mesh, "teacher_mesh": teacher_mesh})
     job = (config, sizes, shapes, mesh, teacher_mesh)
     memory = MemoryCheck(*job).require(display)
+    student = decoder_of(config.student, shapes["student"])
+    # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
+    sampler_model = dataclasses.replace(student, dtype=sizes.rollout_dtype)
+    server = connect(config, sampler_model, tokenizer, problems, workdir, display)
     meter = Meter(*job, display)
     lock_folder(workdir)
     write_atomic(saved, to_json(config))
     write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
     write_model_files(workdir, shapes["student"], tokenizer)
-    student = decoder_of(config.student, shapes["student"])
     teacher = reference = None
     if sizes.method.uses_teacher:
         model = decoder_of(config.teacher, shapes["teacher"])
@@ -113,7 +117,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         **{k: ro[k] for k in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
     )
 
-    def engine_of(model: Decoder, where: Mesh) -> RolloutEngine:
+    def engine_of(model: Decoder, where: Mesh) -> Engine:
         return RolloutEngine(
             model,
             valid_vocab=tokenizer.size,
@@ -123,8 +127,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             mesh=where,
         )
 
-    # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
-    engine = engine_of(dataclasses.replace(student, dtype=sizes.rollout_dtype), mesh)
+    engine = server or engine_of(sampler_model, mesh)
     by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
 
     # --- Resume --------------------------------------------------------------------------------
