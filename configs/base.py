@@ -138,6 +138,15 @@ def get_config() -> ConfigDict:
     # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at
     # most so many more rollout batches a step. For sft: groups without a right answer.
     c.rollout.refill = 0
+    # A vLLM or SGLang server draws instead, of the student's own model, and is given its weights
+    # before each step. Its API key, if any, is taken from the environment: KDRL_SERVER_KEY.
+    c.rollout.server = ConfigDict()
+    c.rollout.server.url = ""  # "http://host:port"; "": this process draws
+    c.rollout.server.kind = "vllm"  # vllm | sglang
+    c.rollout.server.model = ""  # the name that vLLM serves it by; SGLang needs none
+    c.rollout.server.weights = ""  # folder that both see under this path; "": in the workdir
+    c.rollout.server.concurrency = 256  # requests in flight
+    c.rollout.server.timeout_s = 1800.0  # of one request, with its retries
 
     # --- reward --------------------------------------------------------------------------------
     c.reward = ConfigDict()

@@ -22,7 +22,7 @@ from kdrl_jax.config import digest, flatten
 from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend
-from kdrl_jax.rollout import RolloutEngine, sampling_params
+from kdrl_jax.rollout import Engine, RolloutEngine, sampling_params
 from kdrl_jax.sharding import put_batch
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.evaluation import evaluate
@@ -39,6 +39,7 @@ from kdrl_jax.training.roles import (
     ends_differently,
 )
 from kdrl_jax.training.run import Run, open_workdir
+from kdrl_jax.training.serving import connect
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.validation import compare_for_resume, has_checkpoint, validate
 from kdrl_jax.types import UserError
@@ -81,12 +82,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         shapes = check_roles(config, sizes, tokenizer, meshes)
         job = (config, sizes, shapes, meshes)
         memory = MemoryCheck(*job).require(display)
+        student = decoder_of(config.student, shapes["student"])
+        # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
+        sampler_model = dataclasses.replace(student, dtype=sizes.rollout_dtype)
+        server = connect(config, sampler_model, tokenizer, problems, workdir, display)
         meter = Meter(*job, display)
     store = open_workdir(workdir, config, shapes["student"], tokenizer, data_report)
     start = store.latest_step()
     same = {"data": data_digest, "checkpoint": str(start), "tokenizer": digest(tokenizer.vocab())}
     processes.agree(str(workdir), same)
-    student = decoder_of(config.student, shapes["student"])
     teacher = reference = None
     if sizes.method.uses_teacher:
         model = decoder_of(config.teacher, shapes["teacher"])
@@ -117,7 +121,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         **{k: ro[k] for k in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
     )
 
-    def engine_of(model: Decoder) -> RolloutEngine:
+    def engine_of(model: Decoder) -> Engine:
         return RolloutEngine(
             model,
             valid_vocab=tokenizer.size,
@@ -127,8 +131,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             mesh=meshes.rollout,
         )
 
-    # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
-    engine = engine_of(dataclasses.replace(student, dtype=sizes.rollout_dtype))
+    engine = server or engine_of(sampler_model)
     by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
 
     # --- Resume --------------------------------------------------------------------------------

@@ -288,6 +288,17 @@ def test_levers_take_their_share_away():
 # --- what is refused -------------------------------------------------------------------------
 
 
+def test_what_a_server_draws_with_is_not_counted():
+    own = config_of(**{"eval.every": 5})
+    served = config_of(
+        **{"eval.every": 5, "rollout.server.url": "http://a:1", "rollout.server.model": "m"}
+    )
+    levers = Levers.of(own)
+    here, there = (planner_of(config, shape()).plan(levers) for config in (own, served))
+    assert here.phases.keys() - there.phases.keys() == {"rollout", "eval"}
+    assert there.phases["update"] == here.phases["update"]
+
+
 def check_of(config, model=None, mesh=None) -> MemoryCheck:
     mesh = mesh or one_device()
     both = dict.fromkeys(("student", "teacher"), model or shape())

@@ -148,3 +148,5 @@ def test_shares_and_speeds():
     }
     assert all(name.startswith(CLOCKED) for name in found)
     assert "perf/mfu_score" not in speeds(ideal._replace(score=0.0), times)
+    by_server = speeds(ideal._replace(rollout=0.0, slot_use=0.0), times)
+    assert found.keys() - by_server.keys() == {"perf/decode_roofline", "perf/slot_use"}

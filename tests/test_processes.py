@@ -18,6 +18,7 @@ from kdrl_jax import processes
 from kdrl_jax.training.metrics import CLOCKED, read_metrics
 from tests.test_train import ROOT, TINY
 
+COMMAND = [sys.executable, "-m", "kdrl_jax.train", f"--config={ROOT}/configs/demo.py"]
 STEPS = 5
 SETTINGS = TINY | {
     "steps": STEPS,
@@ -241,5 +242,5 @@ def test_alone_there_is_nobody_to_ask():
     assert processes.any_of(True)
     assert not processes.any_of(False)
     processes.agree("here", {"this": "that"})
-    with pytest.raises(processes.UserError, match="^wrong$"), processes.together():
+    with pytest.raises(processes.UserError, match=r"^wrong$"), processes.together():
         raise processes.UserError("wrong")

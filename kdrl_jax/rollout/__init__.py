@@ -2,12 +2,16 @@
 
 from kdrl_jax.rollout.call import DecodeStats, Finished, finished_requests
 from kdrl_jax.rollout.engine import RolloutEngine
+from kdrl_jax.rollout.interface import Engine
 from kdrl_jax.rollout.requests import request_keys, sampling_params
+from kdrl_jax.rollout.server import ServerEngine
 
 __all__ = [
     "DecodeStats",
+    "Engine",
     "Finished",
     "RolloutEngine",
+    "ServerEngine",
     "finished_requests",
     "request_keys",
     "sampling_params",

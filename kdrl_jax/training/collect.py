@@ -16,8 +16,8 @@ from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import (
     DecodeStats,
+    Engine,
     Finished,
-    RolloutEngine,
     finished_requests,
     request_keys,
 )
@@ -117,7 +117,7 @@ class Collector:
 
     def __init__(
         self,
-        engine: RolloutEngine,
+        engine: Engine,
         problems: Sequence[EncodedProblem],
         batches: PromptBatches,
         tokenizer: Tokenizer,

@@ -10,7 +10,7 @@ import numpy as np
 
 from kdrl_jax.data import Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
-from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
+from kdrl_jax.rollout import Engine, request_keys, sampling_params
 from kdrl_jax.rollout.repetition import repeats
 from kdrl_jax.types import FINISH_LENGTH, Params, Problem, Rollouts, SamplingParams, Verdict
 
@@ -46,7 +46,7 @@ def grade_all(grader: Grader, texts: Sequence[str], problems: Sequence[Problem])
 
 
 def respond(
-    engine: RolloutEngine,
+    engine: Engine,
     params: Params,
     prompts: Sequence[list[int]],
     numbers: Sequence[int],
@@ -89,7 +89,7 @@ def respond(
 
 
 def evaluate(
-    engine: RolloutEngine,
+    engine: Engine,
     params: Params,
     problems: Sequence[EncodedProblem],
     tokenizer: Tokenizer,

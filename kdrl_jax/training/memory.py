@@ -136,7 +136,9 @@ class Planner:
             "score": self._scoring(levers),
             "update": self._updating(levers),
         }
-        if config.eval.every:
+        if config.rollout.server.url:  # draws with memory of its own
+            del phases["rollout"]
+        elif config.eval.every:
             asked = (config.eval.batch, config.eval.samples)
             phases["eval"] = self._sampling(self._sampler, *asked, levers)
         return Plan({name: parts for name, parts in phases.items() if parts})

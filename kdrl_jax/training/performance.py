@@ -133,6 +133,7 @@ class Ideal(NamedTuple):
     """The least seconds that the phases of a step could take, and what they did."""
 
     rollout: float
+    """0: a server's devices drew them, of which nothing is known; nor of its slots."""
     score: float
     """0: nobody was asked."""
     update: float
@@ -188,11 +189,11 @@ class Meter:
         speed = self._devices * self.peak.flops
         done = found.decoding
         return Ideal(
-            rollout=decode_seconds(self._sampler, done, self.peak),
+            rollout=decode_seconds(self._sampler, done, self.peak) if done.steps else 0.0,
             score=sum(map(forward, asked)) / speed,
             update=3 * self._config.epochs * forward("student") / speed,
             drawn=done.tokens,
-            slot_use=done.tokens / max(done.slot_steps, 1),
+            slot_use=done.tokens / max(done.slot_steps, 1) if done.steps else 0.0,
             kept=int(lengths.sum()),
             trained=self._config.epochs * int(tokens),
         )
@@ -211,13 +212,14 @@ def speeds(ideal: Ideal, times: Mapping[str, float]) -> dict[str, float]:
     }
     whole = sum(phases.values())
     found = {
-        "perf/decode_roofline": ideal.rollout / phases["rollout"],
         "perf/mfu_update": ideal.update / phases["update"],
-        "perf/slot_use": ideal.slot_use,
         "tokens_per_s/rollout": ideal.drawn / phases["rollout"],
         "tokens_per_s/update": ideal.trained / phases["update"],
         "tokens_per_s/total": ideal.kept / whole,
     }
+    if ideal.rollout:
+        found["perf/decode_roofline"] = ideal.rollout / phases["rollout"]
+        found["perf/slot_use"] = ideal.slot_use
     if ideal.score:
         found["perf/mfu_score"] = ideal.score / phases["score"]
     return found | {f"share/{name}": seconds / whole for name, seconds in phases.items()}

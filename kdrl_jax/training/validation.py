@@ -48,6 +48,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "student.dtype": ("float32", "bfloat16"),
     "teacher.dtype": ("float32", "bfloat16", "int8"),
     "rollout.dtype": ("", "float32", "bfloat16"),
+    "rollout.server.kind": ("vllm", "sglang"),
     **{f"{role}.remat": tuple(REMAT) for role in ROLES},
     **{f"{role}.shape.model_type": ("qwen2", "qwen3", "llama") for role in ROLES},
 }
@@ -57,7 +58,7 @@ _AT_LEAST_ONE = (
     *("steps", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
     *("micro_batch", "logprob_chunk", "reward.workers", "eval.problems", "eval.samples"),
     *("eval.batch", "checkpoint.every", "checkpoint.keep", "data.max_prompt_tokens", "data.size"),
-    *("mini_batches", "epochs", "kd_topk.k"),
+    *("mini_batches", "epochs", "kd_topk.k", "rollout.server.concurrency"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("batch_size", "problems")),
     *(f"{role}.shape.{key}" for role in ROLES for key in SHAPE),
 )
@@ -74,7 +75,7 @@ _NOT_NEGATIVE = (
 _POSITIVE = (
     *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
     *("optimizer.eps", "reward.timeout_s", "student.sft.learning_rate", "trrd.clamp"),
-    *("teacher.sft.learning_rate", "process_timeout_s"),
+    *("teacher.sft.learning_rate", "process_timeout_s", "rollout.server.timeout_s"),
 )
 
 # Keys that may change between a run and its resumption; all others shape the result.
@@ -82,7 +83,7 @@ RESUMABLE_CHANGES = (
     *("steps", "checkpoint.", "samples.", "cache_dir", "micro_batch", "process_timeout_s"),
     *("mesh.", "teacher_mesh.", "rollout_mesh."),
     *("reward.workers", "logprob_chunk", "rollout.slots", "memory_gib"),
-    *("optimizer.offload", "teacher.offload"),
+    *("optimizer.offload", "teacher.offload", "rollout.server."),
     *(f"{role}.remat" for role in ROLES),
 )
 
@@ -204,6 +205,8 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
     yield from _problems_of(phase_schedule, flat["policy_phases"])
     if flat["objective"] in METHODS:
         yield from _method_problems(flat, METHODS[flat["objective"]])
+        if flat["rollout.server.url"]:
+            yield from _server_problems(flat, METHODS[flat["objective"]])
     yield from _task_problems(flat)
     yield from _size_problems(flat)
     for key in ("data.path", "data.eval_path"):
@@ -262,6 +265,27 @@ def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
             f"{key}: {flat[key]!r} compares with the sampler's log-probs, which are at "
             f"rollout.temperature, not at logprob_temperature={flat['logprob_temperature']!r}; "
             "use 'rollout'"
+        )
+
+
+def _server_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
+    url = flat["rollout.server.url"]
+    if not url.startswith(("http://", "https://")):
+        yield f"rollout.server.url: {url!r} must begin with http:// or https://"
+    if flat["rollout.server.kind"] == "vllm" and not flat["rollout.server.model"]:
+        yield (
+            "rollout.server.model: empty; give the name that vLLM serves the student by: what "
+            "follows `vllm serve`, or its --served-model-name"
+        )
+    if flat["rollout.carry"]:
+        yield (
+            f"rollout.carry: {flat['rollout.carry']}, but a server cannot go on with partial "
+            "rollouts; set it to 0, or rollout.server.url=''"
+        )
+    if method.sampler == "teacher":
+        yield (
+            f"rollout.server.url: {url!r}, but objective={flat['objective']!r} samples from the "
+            "teacher, and a server is given the student's weights; leave it empty"
         )
 
 

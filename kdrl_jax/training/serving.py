@@ -1,0 +1,78 @@
+"""The server that a config has rollouts drawn by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from kdrl_jax.data import Tokenizer
+from kdrl_jax.models import Decoder
+from kdrl_jax.rollout import ServerEngine, sampling_params
+from kdrl_jax.rollout.server import KINDS
+from kdrl_jax.rollout.server_check import PROBES, Wanted, check_server
+from kdrl_jax.rollout.transport import Server
+from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.metrics import Display
+
+KEY_VARIABLE = "KDRL_SERVER_KEY"
+"""Environment variable with the server's API key: configs are written to disk."""
+
+
+def connect(
+    config: ConfigDict,
+    model: Decoder,
+    tokenizer: Tokenizer,
+    problems: Sequence[EncodedProblem],
+    workdir: Path,
+    display: Display,
+) -> ServerEngine | None:
+    """The engine of `rollout.server`, checked; None: rollouts are drawn in this process.
+
+    Args:
+      model: the student, in the dtype of rollouts.
+      problems: of the run; the first few are used to probe the server.
+      workdir: of the run; its `model/` will hold the tokenizer.
+
+    Raises:
+      UserError: the server does not answer or will not do; see `check_server`.
+    """
+    ro, asked = config.rollout, config.rollout.server
+    if not asked.url:
+        return None
+    engine = ServerEngine(
+        Server(
+            asked.url,
+            timeout_s=asked.timeout_s,
+            concurrency=asked.concurrency,
+            key=os.environ.get(KEY_VARIABLE, ""),
+        ),
+        KINDS[asked.kind](asked.model),
+        model,
+        weights=Path(asked.weights) if asked.weights else workdir / "rollout_weights",
+        tokenizer_folder=workdir / "model",
+        stop_ids=tokenizer.stop_ids,
+        valid_vocab=tokenizer.size,
+        prompt_buckets=config.data.prompt_buckets,
+        max_new_tokens=ro.max_new_tokens,
+    )
+    some = problems[:PROBES]
+    wanted = Wanted(
+        model=asked.model,
+        longest=max(len(ids) for _, ids in problems) + ro.max_new_tokens,
+        texts=[problem.problem for problem, _ in some],
+        prompts=[ids for _, ids in some],
+    )
+    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
+    sampling = sampling_params((1, 1), tokenizer.stop_ids, **{k: ro[k] for k in keys})
+    for line in check_server(engine, wanted, engine.drawing(sampling), tokenizer):
+        display.say(line)
+    display.say(f"rollouts by {asked.kind} at {asked.url}, weights through {engine.weights}")
+    if not config.tis_cap:
+        display.say(
+            "rollout.server: its kernels are not the trainer's, see mismatch/kl; tis_cap=2.0 "
+            "corrects for that"
+        )
+    return engine
