@@ -181,11 +181,16 @@ def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch
     assert run(tmp_path / "run", cache) == rows(whole)
 
 
-def test_continuing_on_another_mesh(whole, cache, tmp_path):
+@pytest.mark.parametrize("layout", ["split", "apart"])
+def test_continuing_on_another_mesh(layout, whole, cache, tmp_path):
+    """Another layout, or devices of their own for student, rollouts and teacher."""
     run(tmp_path / "run", cache, steps=2)
     split = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "micro_batch": 4}
-    split |= {"teacher_mesh.fsdp": 4, "teacher_mesh.tensor": 2}
-    found = run(tmp_path / "run", cache, steps=4, **split)
+    split |= {"teacher_mesh.data": 1, "teacher_mesh.fsdp": 4}
+    apart = {"mesh.devices": "0:4", "mesh.fsdp": 2, "mesh.context": 2, "micro_batch": 4}
+    apart |= {"rollout_mesh.devices": "4:6", "rollout_mesh.fsdp": 1}
+    apart |= {"teacher_mesh.devices": "6:8", "teacher_mesh.context": 1}
+    found = run(tmp_path / "run", cache, steps=4, **(split if layout == "split" else apart))
     for row, wanted in zip(found, rows(whole), strict=False):
         # Either run also evaluates after what was its last step.
         shared = row.keys() & wanted.keys()

@@ -35,7 +35,8 @@ def make_meshes(config: ConfigDict, devices: list[jax.Device] | None = None) -> 
     problems: list[str] = []
 
     def make(key: str, like: Mesh | None) -> Mesh | None:
-        sizes = {axis: 1 for axis in AXES} | {a: config[key][a] for a in AXES if a in config[key]}
+        sizes = {axis: config[key][axis] for axis in config[key] if axis in AXES}
+        sizes.setdefault("context", 1)  # rollouts have no use for it
         try:
             chosen = pick_devices(config[key].devices, devices, key)
             if like is None:
