@@ -1,5 +1,6 @@
 # Sourced by the other scripts: `make_env EXTRAS` leaves an activated virtual environment in .venv
-# with this project and the named extras installed.
+# with this project and the named extras; `use_env` is that on a cluster; `again CODE` says whether
+# to give the same command once more.
 
 # On a CPU a third of the time of a small model goes into page faults of XLA's scratch memory;
 # huge pages, where the kernel gives them on request, save most of it.
@@ -29,4 +30,31 @@ make_env() {
     python -m pip install --quiet --disable-pip-version-check "torch==$KDRL_TORCH"
   fi
   python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+}
+
+# `make_env` for a machine of a cluster: a .venv with the project (-I: not just the folder beside
+# it) serves as it is. The machine's Python may be too old; uv, there or from pip, then brings one.
+use_env() {
+  if .venv/bin/python -I -c 'import importlib.metadata as m; m.version("kdrl_jax")' 2>/dev/null; then
+    # shellcheck disable=SC1091
+    . .venv/bin/activate
+    return
+  fi
+  if [ ! -x .venv/bin/python ] && ! find_python >/dev/null 2>&1; then
+    PATH="$HOME/.local/bin:$PATH"
+    command -v uv >/dev/null || python3 -m pip install --quiet --user uv
+    uv venv --quiet --seed --python 3.12 .venv
+  fi
+  make_env "$1"
+}
+
+# Exit codes of kdrl_jax.train: 0 finished, 2 the user's mistake, 75 saved on SIGTERM, else a crash.
+# True where the same command should be given again: after 75, and after a crash of a run that had
+# lasted (SECONDS of this shell); one that crashed at once would do so again.
+again() {
+  case "$1" in
+    0 | 2) return 1 ;;
+    75) return 0 ;;
+    *) [ "$SECONDS" -ge "${KDRL_CRASH_SECONDS:-600}" ] ;;
+  esac
 }

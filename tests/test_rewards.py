@@ -345,6 +345,16 @@ def test_an_interrupted_call_leaves_no_stale_reply(tmp_path: Path, monkeypatch) 
         assert grader.grade([response("b+1")], ["x"])[0].reward == 1
 
 
+def test_workers_outlive_the_signal_that_asks_to_save() -> None:
+    """Slurm sends SIGTERM to all processes of a job; the step is still to be finished."""
+    with Grader(workers=1) as grader:
+        assert grader.grade([response("x+1")], ["1+x"])[0].outcome == "correct"
+        pid = grader._pool[0].process.pid
+        os.kill(pid, signal.SIGTERM)
+        assert grader.grade([response("y+1")], ["1+y"])[0].outcome == "correct"
+        assert grader._pool[0].process.pid == pid
+
+
 def test_workers_that_never_start_are_an_error_and_not_a_hang(tmp_path: Path) -> None:
     script = "raise ImportError('no math_verify here')"
     with (

@@ -169,7 +169,8 @@ def ask(verify: Callable[[str, str, Any], Any], gold: str, answer: str, meta: st
 def main() -> None:
     """Arguments: seconds for a request; then, for a task's own verifier, its name and sys.path."""
     timeout_s = float(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends them to all processes of a job
+        signal.signal(number, signal.SIG_IGN)
     limit_memory()
     requests = os.fdopen(os.dup(0), encoding="utf-8")
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
