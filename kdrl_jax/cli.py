@@ -34,7 +34,7 @@ def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDi
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--config", required=True, type=Path, metavar="FILE[:VARIANT]")
+    parser.add_argument("--config", required=True, type=Path, metavar="FILE[:VARIANT,…]")
     parser.add_argument("--workdir", type=Path, metavar="DIR")
     args = parser.parse_args(rest)
     config, problems = read_config(args.config, overrides)
@@ -45,7 +45,7 @@ def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDi
             problems += error.problems
         raise UserError(*problems)
     file, variant = split_variant(args.config)
-    name = f"{file.stem}-{variant}" if variant else file.stem
+    name = "-".join([file.stem, *variant.split(",")]) if variant else file.stem
     return config, args.workdir or Path("runs") / name
 
 

@@ -1,8 +1,8 @@
 """Loading a config file and applying overrides to it.
 
 A config is a file with `get_config()`; every key and its default stand in `configs/base.py`.
-`FILE:NAME` also applies the changes that the file's `VARIANTS` has under that name. What the
-values must be is checked in `kdrl_jax.training.validation`.
+`FILE:NAME` also applies the changes that the file's `VARIANTS` has under that name, `FILE:A,B`
+those of A, then of B. What the values must be is checked in `kdrl_jax.training.validation`.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
     """Run `get_config()` of a file and apply a variant and `key=value` overrides.
 
     Args:
-      path: a Python file, whose folder's parent is importable while it runs; or FILE:NAME, NAME
-        being a key of its `VARIANTS: dict[str, dict[str, value]]`.
+      path: a Python file, whose folder's parent is importable while it runs; or FILE:NAME[,NAME…],
+        each NAME being a key of its `VARIANTS: dict[str, dict[str, value]]`.
       overrides: 'optimizer.learning_rate=3e-6'; lists are written (1,2) or 1,2.
 
     Raises:
@@ -90,15 +90,16 @@ def read_config(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigDict,
         if not isinstance(config, ConfigDict):
             raise TypeError("get_config() must return a ConfigDict")
         variants = getattr(module, "VARIANTS", {})
-        changes = variants.get(variant, {})
+        chosen = variant.split(",") if variant else []
+        changes = {k: v for name in chosen for k, v in variants.get(name, {}).items()}
         if unknown := sorted(changes.keys() - flatten(config).keys()):
             raise KeyError(f"variant {variant!r}: no such key as {', '.join(unknown)}")
         config.update_from_flattened_dict(changes)
     except Exception as error:
         raise UserError(f"--config: {_where(error, file)}: {error}; see configs/demo.py") from error
-    if variant and variant not in variants:
+    if unknown := [name for name in chosen if name not in variants]:
         there = f"there are {', '.join(variants)}" if variants else "the file has none"
-        raise UserError(f"--config: no variant {variant!r} in {file}; {there}")
+        raise UserError(f"--config: no variant {', '.join(map(repr, unknown))} in {file}; {there}")
     return _override(config, overrides)
 
 

@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -114,6 +114,23 @@ def gather_text(text: str) -> list[str]:
     longest = int(gather(np.array(len(data))).max())
     padded = np.concatenate([data, np.zeros(longest - len(data), np.uint8)])
     return [bytes(row).rstrip(b"\0").decode() for row in gather(padded)]
+
+
+def gather_rows(rows: Sequence[Sequence[int]]) -> list[list[list[int]]]:
+    """The lists of 32-bit numbers that each process has. All of them must call."""
+    counts = np.array([len(row) for row in rows], np.int32)
+    numbers = np.array([number for row in rows for number in row], np.int32)
+    sizes = gather(np.array([len(counts), len(numbers)]))
+    rows_most, most = sizes.max(axis=0)
+    padded = [
+        np.pad(counts, (0, rows_most - len(counts))),
+        np.pad(numbers, (0, most - len(numbers))),
+    ]
+    found = []
+    for (rows_there, total), lengths, flat in zip(sizes, *map(gather, padded), strict=True):
+        ends = np.cumsum(lengths[:rows_there])[:-1]
+        found.append([part.tolist() for part in np.split(flat[:total], ends)][:rows_there])
+    return found
 
 
 def any_of(flag: bool) -> bool:

@@ -93,6 +93,8 @@ def test_a_variant_is_named_after_the_file(tmp_path: Path) -> None:
     assert split_variant("configs/stage2.py:k3") == (Path("configs/stage2.py"), "k3")
     assert split_variant("configs/stage2.py") == (Path("configs/stage2.py"), "")
     assert load_config(ROOT / "configs" / "stage2.py:k3").kd_estimator == "k3"
+    both = load_config(ROOT / "configs/stage2.py:k3,constant")
+    assert (both.kd_estimator, both.beta.schedule) == ("k3", "constant")
     with pytest.raises(UserError, match=r"no variant 'k4' in .*stage2.py; there are constant, "):
         load_config(ROOT / "configs" / "stage2.py:k4")
     with pytest.raises(UserError, match=r"no variant 'a' in .*demo.py; the file has none"):

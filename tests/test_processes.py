@@ -236,9 +236,18 @@ def test_half_a_description_by_hand_is_refused(given, said, monkeypatch):
         processes.start(10)
 
 
+def test_what_processes_have_is_put_together(monkeypatch):
+    """As if a second process had other and more lists."""
+    others = iter([np.array([3, 4]), np.array([0, 4, 0]), np.array([7, 8, 9, 10])])
+    monkeypatch.setattr(processes, "gather", lambda x: np.stack([x, next(others)]))
+    assert processes.gather_rows([[1], [2, 3]]) == [[[1], [2, 3]], [[], [7, 8, 9, 10], []]]
+
+
 def test_alone_there_is_nobody_to_ask():
     assert (processes.index(), processes.count(), processes.is_first()) == (0, 1, True)
     assert processes.gather_text("a\nb") == ["a\nb"]
+    assert processes.gather_rows([[1, 2], [], [3]]) == [[[1, 2], [], [3]]]
+    assert processes.gather_rows([]) == [[]]
     assert processes.any_of(True)
     assert not processes.any_of(False)
     processes.agree("here", {"this": "that"})

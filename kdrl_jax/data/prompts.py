@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kdrl_jax import processes
 from kdrl_jax.data.tokenizer import Tokenizer
 from kdrl_jax.types import Problem, Prompts, UserError
 
@@ -59,6 +60,8 @@ def encode_prompts(
 ) -> tuple[list[tuple[Problem, list[int]]], PromptReport]:
     """The problems with their prompts' token ids, in order, without the too long ones.
 
+    Of several processes each tokenises its share, and all have the result.
+
     Args:
       style: a name in PROMPT_STYLES.
       max_tokens: of a whole prompt, the chat template's tokens included.
@@ -66,11 +69,11 @@ def encode_prompts(
     Raises:
       UserError: an unknown style, or one that needs a chat template where there is none.
     """
-    kept = []
-    for problem in problems:
-        ids = encode_prompt(problem, tokenizer, style)
-        if len(ids) <= max_tokens:
-            kept.append((problem, ids))
+    count = processes.count()
+    own = [encode_prompt(x, tokenizer, style) for x in problems[processes.index() :: count]]
+    everyone = processes.gather_rows(own) if count > 1 else [own]
+    encoded = ((x, everyone[i % count][i // count]) for i, x in enumerate(problems))
+    kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_tokens]
     return kept, PromptReport(len(kept), len(problems), max_tokens)
 
 

@@ -152,12 +152,12 @@ class Run:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.stopping.__exit__()
         self._track.close()
         if self._writer:
             self._writer.close()
         if not isinstance(error, JaxRuntimeError):  # else a save may wait for who is lost
             self.store.close()
+        self.stopping.__exit__()  # until here a second signal does no harm
         if error is not None and out_of_memory(error):
             # The state may have been donated: nothing can be saved any more.
             waiting = self._pending is not None and self.clock.phase == "update"
