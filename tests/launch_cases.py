@@ -162,7 +162,7 @@ class Cluster:
     def run(self, *command: str, **env: str) -> tuple[int, str]:
         """Exit code and output of a command in the checkout."""
         process = self.popen(*command, **env)
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
         return process.returncode, output
 
     def calls(self) -> list[list[str]]:

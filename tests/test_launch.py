@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import re
 import shlex
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
 from launch_cases import ROOT, Cluster, executable
+from test_train import command
+
+from kdrl_jax.training.metrics import read_metrics
 
 LAUNCH = ROOT / "launch"
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -274,6 +280,36 @@ def test_slurm_of_the_program_itself_refuses_once(tmp_path):
     arguments = ("--config=configs/demo.py", f"--workdir={tmp_path / 'run'}", "--config.stepz=1")
     assert slurm(cluster, *arguments) == [2]
     assert len(cluster.calls()) == 1
+
+
+def test_slurm_carries_the_program_itself_over_a_preemption(tmp_path):
+    """Two tasks train together; one is warned, both save, and the job goes on."""
+    cluster, workdir = Cluster(tmp_path, real_trainer=True), tmp_path / "run"
+
+    def warn():
+        written = workdir / "metrics.jsonl"
+        wait_for(lambda: written.exists() and len(written.read_text().splitlines()) > 1, 600)
+        os.kill(max(processes_of(str(workdir))), signal.SIGTERM)
+
+    warning = threading.Thread(target=warn, daemon=True)
+    warning.start()
+    changes = {"steps": 60, "eval.every": 0, "checkpoint.every": 50}
+    assert slurm(cluster, *command(workdir, tmp_path / "cache", **changes)) == [75, 0]
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert (summary["steps"], summary["processes"]) == (60, 2)
+    steps = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+    assert steps == list(range(1, 61))
+
+
+def processes_of(word):
+    """Those whose command is Python's and has this in it."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            text = path.read_text()
+            if word in text and "kdrl_jax.train" in text and "python" in text.split("\0")[0]:
+                found.append(int(path.parent.name))
+    return found
 
 
 def test_jax_finds_the_processes_of_slurm(tmp_path):

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from local_server import LocalServer
+from test_train import ROOT, TINY
 
-from kdrl_jax import processes
+from kdrl_jax import convert, processes
+from kdrl_jax.data import load_tokenizer
 from kdrl_jax.training.metrics import CLOCKED, read_metrics
-from tests.test_train import ROOT, TINY
 
 COMMAND = [sys.executable, "-m", "kdrl_jax.train", f"--config={ROOT}/configs/demo.py"]
 STEPS = 5
@@ -157,6 +159,20 @@ def test_a_run_goes_on_elsewhere(alone, cache, tmp_path):
     run(workdir, cache, 2, 4, steps=2)
     run(workdir, cache, 1, 4, steps=4)
     assert_same(run(workdir, cache, 1, 4, **{"mesh.tensor": 2}), expected, range(1, STEPS + 1))
+
+
+def test_processes_share_the_requests_to_a_server(alone, cache, tmp_path):
+    convert.to_hf(alone, tmp_path / "hf")
+    encode = load_tokenizer(alone / "model").encode
+    with LocalServer(tmp_path / "hf", encode=encode) as server:
+        changes = {"rollout.server.url": server.url, "rollout.server.model": "student"}
+        changes |= {"steps": 2, "eval.every": 2, "tis_cap": 2.0}
+        expected = run(tmp_path / "one", cache, 1, 4, **changes)
+        asked = len(server.asked)
+        found = run(tmp_path / "two", cache, 2, 2, **changes)
+        assert len(server.asked) - asked <= asked + 16  # each process looks at the server first
+    assert abs(found[2]["mismatch/kl"]) < 1e-4
+    assert_same(found, expected, range(3))
 
 
 def test_told_to_stop_all_save_and_stop(cache, alone, tmp_path):

@@ -27,8 +27,8 @@ from kdrl_jax.rollout.dialects import Drawing, Request
 from kdrl_jax.rollout.server import KINDS, seed_of
 from kdrl_jax.rollout.server_check import Wanted, check_server, log_prob_kind
 from kdrl_jax.rollout.transport import RETRIES, Ask, Server
-from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.batch import rollout_rows
+from kdrl_jax.training.meshes import make_meshes
 from kdrl_jax.training.metrics import read_metrics
 from kdrl_jax.training.problems import load_run_tokenizer
 from kdrl_jax.training.roles import check_roles
@@ -633,9 +633,8 @@ def served(tmp_path_factory):
     """A folder with a model of the demo's student's shape, and the tokenizer's encode."""
     where = tmp_path_factory.mktemp("demo")
     config = demo(where)
-    tokenizer, mesh = load_run_tokenizer(config), make_mesh()
-    meshes = {"mesh": mesh, "teacher_mesh": mesh}
-    shape = check_roles(config, validate(config), tokenizer, meshes)["student"]
+    tokenizer = load_run_tokenizer(config)
+    shape = check_roles(config, validate(config), tokenizer, make_meshes(config))["student"]
     model = Decoder(shape)
     save_hf(where / "model", model, model.init(jax.random.key(1)), eos_ids=tokenizer.stop_ids)
     return where / "model", tokenizer.encode, tmp_path_factory.mktemp("cache")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -29,9 +29,8 @@ from kdrl_jax.training.carried import (
     split_groups,
     to_text,
 )
-from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.evaluation import EncodedProblem, share_verdicts
 from kdrl_jax.types import (
-    OUTCOMES,
     UNFINISHED,
     Params,
     Problem,
@@ -42,9 +41,6 @@ from kdrl_jax.types import (
 
 Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
 
-NOT_GRADED = Verdict(0.0, "unparsable")
-"""Of a request that goes on in the next step, which nobody asks for."""
-
 
 def mixed(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
     """Groups that policy gradients learn from: those whose rewards are not all equal."""
@@ -54,21 +50,6 @@ def mixed(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
 def solved(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
     """Groups that rejection sampling learns from: those with a right response."""
     return rewards.max(axis=1) > 0
-
-
-def share_verdicts(found: Mapping[int, Verdict], total: int) -> list[Verdict]:
-    """The verdicts on all requests, of which each process has those that are its own."""
-    outcomes = np.full(total, -1, np.int32)
-    rewards = np.zeros(total, np.float32)
-    for number, verdict in found.items():
-        outcomes[number] = OUTCOMES.index(verdict.outcome)
-        rewards[number] = verdict.reward
-    outcomes = processes.gather(outcomes).max(axis=0)
-    rewards = processes.gather(rewards).sum(axis=0)
-    return [
-        Verdict(float(reward), OUTCOMES[outcome]) if outcome >= 0 else NOT_GRADED
-        for reward, outcome in zip(rewards, outcomes, strict=True)
-    ]
 
 
 class Collected:

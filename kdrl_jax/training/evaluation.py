@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
+from kdrl_jax import processes
 from kdrl_jax.data import Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import Engine, request_keys, sampling_params
 from kdrl_jax.rollout.repetition import repeats
-from kdrl_jax.types import FINISH_LENGTH, Params, Problem, Rollouts, SamplingParams, Verdict
+from kdrl_jax.types import (
+    FINISH_LENGTH,
+    OUTCOMES,
+    Params,
+    Problem,
+    Rollouts,
+    SamplingParams,
+    Verdict,
+)
 
 EncodedProblem = tuple[Problem, list[int]]
+
+NOT_GRADED = Verdict(0.0, "unparsable")
+"""Of a request that goes on in the next step, which nobody asks for."""
 
 
 class Responses(NamedTuple):
@@ -40,9 +52,32 @@ def completion_texts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
 
 
 def grade_all(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
-    """Verdicts on G responses to each of P problems, `texts` being P·G, problem by problem."""
+    """Verdicts on G responses to each of P problems, `texts` being P·G, problem by problem.
+
+    Of several processes each verifies its share; all of them must call.
+    """
     each = [problem for problem in problems for _ in range(len(texts) // len(problems))]
-    return grader.grade(texts, [p.answer for p in each], [p.meta for p in each])
+    own = [number for number in range(len(texts)) if processes.mine(number)]
+    asked = [each[number] for number in own]
+    found = grader.grade(
+        [texts[number] for number in own], [p.answer for p in asked], [p.meta for p in asked]
+    )
+    return share_verdicts(dict(zip(own, found, strict=True)), len(texts))
+
+
+def share_verdicts(found: Mapping[int, Verdict], total: int) -> list[Verdict]:
+    """The verdicts on all requests, of which each process has those that are its own."""
+    outcomes = np.full(total, -1, np.int32)
+    rewards = np.zeros(total, np.float32)
+    for number, verdict in found.items():
+        outcomes[number] = OUTCOMES.index(verdict.outcome)
+        rewards[number] = verdict.reward
+    outcomes = processes.gather(outcomes).max(axis=0)
+    rewards = processes.gather(rewards).sum(axis=0)
+    return [
+        Verdict(float(reward), OUTCOMES[outcome]) if outcome >= 0 else NOT_GRADED
+        for reward, outcome in zip(rewards, outcomes, strict=True)
+    ]
 
 
 def respond(

@@ -62,8 +62,9 @@ def make_meshes(config: ConfigDict, devices: list[jax.Device] | None = None) -> 
 
 
 def describe(mesh: Mesh) -> str:
-    """'8 x cpu of 2 processes, mesh data=1 context=1 fsdp=8 tensor=1'."""
-    several = f" of {processes.count()} processes" if processes.count() > 1 else ""
+    """'8 x cpu of 2 processes (0 = HOST, 1 = HOST), mesh data=1 …'. All of them must call."""
+    hosts = processes.hosts()
+    several = f" of {len(hosts)} processes ({', '.join(hosts)})" if len(hosts) > 1 else ""
     sizes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     return f"{jax.device_count()} x {jax.devices()[0].device_kind}{several}, mesh {sizes}"
 
