@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -188,6 +189,19 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
         return jax.device_put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
 
     return jax.tree.map(one, tree)
+
+
+def barrier(name: str) -> None:
+    """Wait until every process is here; nothing where there is only one."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def shared_number(number: int) -> int:
+    """The first process's `number`, on every process."""
+    if jax.process_count() == 1:
+        return number
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def _axis_size(mesh: Any, part: Any) -> int:

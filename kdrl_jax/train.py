@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     lock_folder(workdir)
     write_atomic(saved, to_json(config))
     write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
-    write_model_files(workdir, shapes["student"], tokenizer)
+    write_model_files(workdir, shapes["student"], tokenizer, config.student.path)
     student = decoder_of(config.student, shapes["student"])
     teacher = reference = None
     if sizes.method.uses_teacher:
