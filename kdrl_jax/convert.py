@@ -1,11 +1,12 @@
-"""Between Orbax checkpoints and Hugging Face folders.
+"""Between Orbax checkpoints and Hugging Face folders, a few tensors in memory at a time.
 
-    python -m kdrl_jax.convert --checkpoint=RUN --output=HF_FOLDER [--step=N] [--dtype=bfloat16]
-    python -m kdrl_jax.convert --hf=HF_FOLDER --output=RUN
+    python -m kdrl_jax.convert --to=hf RUN OUTPUT [--step=N] [--dtype=bfloat16]
+    python -m kdrl_jax.convert --to=orbax HF_FOLDER OUTPUT
 
 RUN is the folder a training run wrote, its `checkpoints` folder, or one checkpoint in it. What
-comes out of the first loads in `transformers`; what comes out of the second can be `student.path`
-or `teacher.path`.
+comes out of the first loads in `transformers`, vLLM and SGLang; what comes out of the second can
+be `student.path` or `teacher.path`. There and back again keeps every bit of the weights, their
+dtype, config.json, generation_config.json and the tokenizer's files.
 """
 
 from __future__ import annotations
@@ -13,14 +14,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 
 from kdrl_jax.cli import run_entry
 from kdrl_jax.data import load_tokenizer
-from kdrl_jax.models import Decoder, load_hf, save_hf
-from kdrl_jax.sharding import make_mesh, param_shardings
-from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.models import Decoder, save_hf
+from kdrl_jax.models.hf_files import open_hf
+from kdrl_jax.sharding import path_name
+from kdrl_jax.training.checkpoints import find_params
 from kdrl_jax.training.roles import keep_model, read_model_config
+from kdrl_jax.training.streaming import write_stored
 from kdrl_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -36,42 +40,59 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
       dtype: of the stored weights; None: that of the checkpoint.
 
     Raises:
-      UserError: no checkpoint there, or `output` is in use.
+      UserError: no whole checkpoint there, or `output` is in use.
     """
     if run.name.isdigit() and run.parent.name == "checkpoints":
         run, step = run.parent, int(run.name) if step is None else step
     if run.name == "checkpoints":
         run = run.parent
-    if not (run / "model" / "config.json").is_file():
-        raise UserError(f"--checkpoint: {run} holds no model/config.json; give a run's folder")
+    problems = _check_output(output)
+    if not run.is_dir():
+        problems.append(f"{run}: no such folder; give a run's folder")
+    elif not (run / "model" / "config.json").is_file():
+        problems.append(f"{run}: holds no model/config.json; give a run's folder")
+    if problems:
+        raise UserError(*problems)
     model = Decoder(read_model_config(run))
-    mesh = make_mesh(fsdp=-1, data=1)
-    params = restore_params(
-        run, abstract_params(model, param_shardings(mesh, model.shapes())), step
-    )
+    _, params = find_params(run, model.shapes(), step)
     tokenizer = load_tokenizer(run / "model")
     save_hf(
         output,
         model,
         params,
         tokenizer_folder=run / "model",
+        config_folder=run / "model",
         dtype=dtype and jnp.dtype(dtype),
         eos_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
     )
 
 
-def from_hf(folder: Path, output: Path) -> None:
+def to_orbax(folder: Path, output: Path) -> None:
     """Write a Hugging Face folder as a run's folder: `model/` and one Orbax checkpoint.
+
+    Weights keep the dtype they are stored in; it is whoever restores them that casts.
 
     Raises:
       UserError: not a model folder, or `output` is in use.
     """
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"--output: {output} is not empty; give a new folder")
-    model, params = load_hf(folder, mesh=make_mesh(fsdp=-1, data=1))
-    tokenizer = load_tokenizer(folder)
-    keep_model(output, model.config, tokenizer, lambda where: save_params(where, params))
+    problems = _check_output(output)
+    if not folder.is_dir():
+        problems.append(f"{folder}: no such folder; give a Hugging Face folder")
+    if problems:
+        raise UserError(*problems)
+    with open_hf(folder) as (config, arrays):
+        tokenizer = load_tokenizer(folder)
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, _: arrays[path_name(path)], Decoder(config).shapes()
+        )
+        keep_model(output, config, tokenizer, lambda at: write_stored(at, params), folder)
+
+
+def _check_output(output: Path) -> list[str]:
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return []
+    return [f"{output}: exists and is not an empty folder; give a new one"]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -79,17 +100,22 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--checkpoint", type=Path, metavar="RUN", help="Orbax to Hugging Face")
-    source.add_argument("--hf", type=Path, metavar="HF_FOLDER", help="Hugging Face to Orbax")
-    parser.add_argument("--output", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest)")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the stored weights")
+    parser.add_argument(
+        "--to", required=True, choices=("hf", "orbax"), help="the format to convert into"
+    )
+    parser.add_argument("source", type=Path, metavar="FROM", help="a run's or Hugging Face folder")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is yet to be")
+    parser.add_argument("--step", type=int, help="to hf: which checkpoint (default: the newest)")
+    parser.add_argument("--dtype", choices=DTYPES, help="to hf: of the stored weights")
     args = parser.parse_args(argv)
-    if args.checkpoint:
-        to_hf(args.checkpoint, args.output, args.step, args.dtype)
+    if args.to == "hf":
+        to_hf(args.source, args.output, args.step, args.dtype)
     else:
-        from_hf(args.hf, args.output)
+        given = [f"--{key}" for key in ("step", "dtype") if getattr(args, key) is not None]
+        if given:
+            lines = [f"{flag}: goes with --to=hf only; leave it out" for flag in given]
+            raise UserError(*lines)
+        to_orbax(args.source, args.output)
     print(f"written: {args.output}")
 
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file, save_file
 from kdrl_jax.models import (
     Decoder,
     ModelConfig,
-    hf,
+    hf_files,
+    hf_save,
     hf_table,
     load_config,
     load_eos_ids,
@@ -217,7 +218,7 @@ def test_a_failed_export_leaves_nothing_new(folder, tmp_path, monkeypatch):
     def full_disk(*args, **kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(hf, "save_file", full_disk)
+    monkeypatch.setattr(hf_save._Parts, "take", full_disk)
     with pytest.raises(OSError, match="No space left"):
         save_hf(out, model, jax.tree.map(lambda x: x + 1, params), overwrite=True)
     assert {f.name: f.read_bytes() for f in out.iterdir()} == before
@@ -262,7 +263,7 @@ def test_old_rotary_buffers_are_passed_over(folder):
 
 
 def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path, monkeypatch):
-    monkeypatch.setattr(hf._same, "__defaults__", (20,))
+    monkeypatch.setattr(hf_files._same, "__defaults__", (20,))
     config = cases.CASES["llama_tied"]
     tensors = cases.random_tensors(config)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
@@ -338,3 +339,32 @@ def test_every_parameter_has_one_row():
         layers = config["num_hidden_layers"]
         written = {t: r.hf_shape for r in rows.values() for t in r.tensors(layers)}
         assert written == cases.tensor_shapes(config)
+
+
+@pytest.mark.parametrize("axes", [(0, 1, 2), (2, 1, 0), (1, 2, 0), (0, 2, 1), (2, 0, 1)])
+@pytest.mark.parametrize("kind", [ml_dtypes.bfloat16, np.float32, np.float16])
+def test_copies_by_tiles_are_copies(axes, kind, rng):
+    array = rng.standard_normal((3, 11, 14)).astype(ml_dtypes.bfloat16).transpose(axes)
+    out = np.empty(array.shape, kind)
+    hf_table.copy_into(out, array, tile=4)
+    np.testing.assert_array_equal(out, array.astype(kind))
+
+
+def test_large_stacks_are_filled_on_the_devices_layer_by_layer(folder, monkeypatch):
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    _, expected = load_hf(folder, mesh)
+    reads = []
+    read = hf_table.HFArray.read
+
+    def spy(self, *args):
+        block = read(self, *args)
+        reads.append((self.row, block.shape))
+        return block
+
+    monkeypatch.setattr(hf_table.HFArray, "read", spy)
+    monkeypatch.setattr(hf_table, "PIECE_BYTES", 2 * 24 * 40 * 4)  # two layers of an MLP's share
+    _, params = load_hf(folder, mesh)
+    assert_trees_equal(expected, params)
+    assert jax.tree.map(lambda x: x.sharding, params) == param_shardings(mesh, params)
+    gate = [shape for row, shape in reads if "gate_proj" in row.tensor]
+    assert gate == [(2, 24, 40)] * 4 + [(1, 24, 40)] * 4

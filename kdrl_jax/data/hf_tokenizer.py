@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from kdrl_jax.data.tokenizer import Message
-from kdrl_jax.models.hf import TOKENIZER_FILES, load_eos_ids
+from kdrl_jax.models.hf_files import TOKENIZER_FILES, load_eos_ids
 from kdrl_jax.types import UserError
 
 # Beside the tokenizer's own: it names the ids that end a response.

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,12 +12,15 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kdrl_jax import processes
 from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
 from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf, quantize
+from kdrl_jax.models.hf_files import CONFIG, open_hf
+from kdrl_jax.models.hf_save import whole_folder
 from kdrl_jax.sharding import batch_parts, nearest_divisor, param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
-from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.training.checkpoints import abstract_params, find_params, restore_params, save_params
 from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.metrics import Display, write_atomic
 from kdrl_jax.training.sft import Example, train_supervised
@@ -106,6 +107,9 @@ def check_roles(
             f"kd_topk.k: {config.kd_topk.k} exceeds the {tokenizer.size} ids of the tokenizer; "
             "use that many at most"
         )
+    for name in roles:
+        if config[name].path:
+            problems += check_weights(config[name].path, Decoder(shapes[name]))
     of = {"mesh": ("student", meshes.student), "rollout_mesh": ("student", meshes.rollout)}
     if sizes.method.uses_teacher:
         of["teacher_mesh"] = ("teacher", meshes.teacher)
@@ -183,7 +187,8 @@ def build_role(
         _, params = load_hf(role.path, mesh=mesh, dtype=dtype)
     if role.sft.steps:
         params = _fine_tune(name, config, model, params, tokenizer, mesh, display)
-        keep_model(kept, model.config, tokenizer, lambda folder: save_params(folder, params))
+        source = Path(role.path) if role.path else None
+        keep_model(kept, model.config, tokenizer, lambda at: save_params(at, params), source)
     return keep_small(jax.tree.map(lambda x: x.astype(final), params))
 
 
@@ -212,24 +217,59 @@ def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> st
 
 
 def keep_model(
-    folder: Path, shape: ModelConfig, tokenizer: Tokenizer, save: Callable[[Path], None]
+    folder: Path,
+    shape: ModelConfig,
+    tokenizer: Tokenizer,
+    save: Callable[[Path], None],
+    source: Path | None = None,
 ) -> None:
-    """Write `model/` and whatever `save` adds; the folder appears whole or not at all."""
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    write_model_files(temporary, shape, tokenizer)
-    save(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+    """Write `model/` and whatever `save` adds; the folder appears whole or not at all.
+
+    Every process must call this, and `save` is called by every process.
+
+    Args:
+      source: see `write_model_files`.
+    """
+    with whole_folder(folder) as partial:
+        if processes.is_first():
+            write_model_files(partial, shape, tokenizer, source)
+        save(partial)
 
 
-def write_model_files(run: Path, shape: ModelConfig, tokenizer: Tokenizer) -> None:
-    """`model/`: the Hugging Face config and the tokenizer, so that a run's folder is complete."""
+def write_model_files(
+    run: Path, shape: ModelConfig, tokenizer: Tokenizer, source: str | Path | None = None
+) -> None:
+    """`model/`: the Hugging Face config and the tokenizer, so that a run's folder is complete.
+
+    Args:
+      source: the folder or run that the weights come from: its config.json is kept, unknown keys
+        included; None: config.json is made from `shape`.
+    """
     (run / "model").mkdir(parents=True, exist_ok=True)
-    text = json.dumps(shape.to_hf(), indent=2, sort_keys=True) + "\n"
-    write_atomic(run / "model" / "config.json", text)
     tokenizer.save(run / "model")
+    text = json.dumps(shape.to_hf(), indent=2, sort_keys=True) + "\n"
+    if source:
+        text = (model_folder(source) / CONFIG).read_text(encoding="utf-8")
+        content = json.loads(text)
+        eos = content.get("eos_token_id")
+        if not {*(eos if isinstance(eos, list) else [eos])} <= {None, *tokenizer.stop_ids}:
+            # Another tokenizer than the model's own: texts end with its ids.
+            content |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
+            text = json.dumps(content, indent=2) + "\n"
+    write_atomic(run / "model" / CONFIG, text)
+
+
+def check_weights(path: str | Path, model: Decoder) -> list[str]:
+    """What is wrong with the weights in a Hugging Face or run folder, by their headers alone."""
+    try:
+        if (Path(path) / "checkpoints").is_dir():
+            find_params(Path(path), model.shapes())
+        else:
+            with open_hf(path):
+                pass
+    except UserError as error:
+        return error.problems
+    return []
 
 
 def worked_problems(role: ConfigDict, config: ConfigDict, count: int) -> list[tuple[Problem, str]]:

@@ -96,7 +96,7 @@ def open_workdir(
         lock_folder(workdir)
         write_atomic(workdir / "config.json", to_json(config))
         write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
-        write_model_files(workdir, shape, tokenizer)
+        write_model_files(workdir, shape, tokenizer, config.student.path)
         if processes.count() > 1:
             write_atomic(nonce, uuid.uuid4().hex)
 
