@@ -118,8 +118,11 @@ def samples(workdir):
 
 def assert_same(found, expected, steps):
     for step in steps:
-        assert found[step].keys() == expected[step].keys()
-        for name, value in expected[step].items():
+        shared = found[step].keys() & expected[step].keys()
+        # A run evaluates after its last step too.
+        assert all(x.startswith("eval/") for x in found[step].keys() ^ expected[step].keys())
+        for name in sorted(shared):
+            value = expected[step][name]
             np.testing.assert_allclose(
                 found[step][name], value, rtol=1e-5, atol=1e-5, err_msg=f"{name} at step {step}"
             )
@@ -143,8 +146,7 @@ def test_one_device_eight_devices_and_two_processes_are_one_run(alone, cache, tm
     assert sorted(expected) == list(range(STEPS + 1))
     assert expected[STEPS]["kl/teacher"] > 0
     layouts = {
-        "eight": ((1, 8), {"mesh.fsdp": 4, "mesh.data": 2}),
-        "context": ((1, 8), {"mesh.fsdp": 4, "mesh.context": 2}),
+        "eight devices": ((1, 8), {"mesh.fsdp": 4, "mesh.context": 2}),
         "two processes": ((2, 4), {"mesh.fsdp": 2, "mesh.tensor": 2, "mesh.data": 2}),
     }
     for name, (how, changes) in layouts.items():
@@ -154,11 +156,11 @@ def test_one_device_eight_devices_and_two_processes_are_one_run(alone, cache, tm
 
 
 def test_a_run_goes_on_elsewhere(alone, cache, tmp_path):
-    """Two processes of 4 devices, then one of 4, then one of 2 x 2."""
+    """From two processes of 4 devices to one, with another layout."""
     workdir, expected = tmp_path / "run", metrics(alone)
     run(workdir, cache, 2, 4, steps=2)
-    run(workdir, cache, 1, 4, steps=4)
-    assert_same(run(workdir, cache, 1, 4, **{"mesh.tensor": 2}), expected, range(1, STEPS + 1))
+    assert_same(run(workdir, cache, 1, 4, **{"mesh.tensor": 2}), expected, range(STEPS + 1))
+    assert samples(workdir) == samples(alone)
 
 
 def test_processes_share_the_requests_to_a_server(alone, cache, tmp_path):
