@@ -20,7 +20,7 @@ from kdrl_jax import convert, report, train
 from kdrl_jax.cli import run_entry
 from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import load_config, load_hf
-from kdrl_jax.sharding import param_shardings
+from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training.checkpoints import abstract_params, restore_params
 from kdrl_jax.training.metrics import CLOCKED, read_metrics
 from kdrl_jax.types import UserError
@@ -174,7 +174,8 @@ def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train.Run, "step_done", step_done)
-    run(tmp_path / "run", cache)
+    with pytest.raises(SystemExit, match="75"):  # the same command again, says that to launchers
+        run(tmp_path / "run", cache)
     assert "stopped after step 3" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     monkeypatch.undo()
@@ -325,7 +326,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(cache, tmp_path, ca
 def restore_params_of(workdir):
     model = train.Decoder(load_config(workdir / "model"))
     shapes = jax.eval_shape(model.init, jax.random.key(0))
-    mesh = train.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     return restore_params(workdir, abstract_params(model, param_shardings(mesh, shapes)))
 
 
