@@ -17,7 +17,7 @@ from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
 from kdrl_jax.rollout import decode as device
 from kdrl_jax.rollout.sampling import BLOCK, block_size, sample, truncate, uniforms
 from kdrl_jax.rollout.schedule import Queue, plan_batches, smaller_batch, window_sizes
-from kdrl_jax.sharding import make_mesh, param_shardings
+from kdrl_jax.sharding import make_mesh, param_shardings, put, replicated
 from kdrl_jax.training.batch import rollout_rows
 from kdrl_jax.training.metrics import CompileCounter
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, UNFINISHED, Prompts
@@ -404,6 +404,37 @@ def test_refilled_slots_on_a_mesh(params, monkeypatch):
     split = jax.device_put(params, param_shardings(mesh, params))
     found = many(split, 4, monkeypatch, mesh=mesh)
     np.testing.assert_array_equal(found.tokens, many(params, 0, monkeypatch).tokens)
+
+
+def test_slots_that_shrink_on_a_mesh(params, monkeypatch):
+    """16 slots in four parts, of which a quarter each goes on: with the same tokens as before."""
+    mesh, counts = make_mesh(2, 2, 2), []
+    split = jax.device_put(params, param_shardings(mesh, params))
+    found = many(split, 16, monkeypatch, mesh=mesh, counts=counts, lengths=(3, 4))
+    np.testing.assert_array_equal(
+        found.tokens, many(params, 16, monkeypatch, lengths=(3, 4)).tokens
+    )
+    assert {16, 4} <= {size for size, *_ in counts}
+
+
+def test_no_cache_goes_to_another_device_when_slots_change():
+    mesh = make_mesh(2, 2, 2)
+    with jax.set_mesh(mesh):
+        slots = jax.jit(lambda: device.empty_slots(MODEL, 32, 64))()
+        rows = put(np.tile(np.array([[3, 1]], np.int32), (4, 1)), replicated(mesh))
+        fit = jax.jit(device.fit, static_argnames="window")
+        text = fit.lower(slots, rows, window=128).compile().as_text()
+        for name in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+            assert f"{name}(" not in text
+        marked = slots._replace(
+            requests=slots.requests._replace(drawn=jnp.arange(32, dtype=jnp.int32)),
+            cache=jax.tree.map(lambda x: x + jnp.arange(32)[:, None, None, None], slots.cache),
+        )
+        kept = fit(marked, rows, window=128)
+    expected = [3, 1, 11, 9, 19, 17, 27, 25]
+    np.testing.assert_array_equal(kept.requests.drawn, expected)
+    np.testing.assert_array_equal(kept.cache[1].v[:, 0, 0, 0], expected)
+    assert kept.cache[0].v.shape[2] == 128
 
 
 def test_a_slot_that_ends_is_taken_by_the_next_request(params, monkeypatch):

@@ -147,7 +147,7 @@ class Call:
         else:
             # Where a quarter would do, stop once no more than a quarter runs.
             fewer = self._enough_slots(slots // SHRINK)
-            stop_at = fewer if fewer < slots else 0
+            stop_at = fewer if fewer < min(slots, len(self._seats.taken)) else 0
         args = (self._weights, self._slots, self._sampling, self._put(np.int32(stop_at)))
         self._slots, self._chunk = self._engine._decode(*args)
 
@@ -206,10 +206,11 @@ class Call:
 
     def _admit(self) -> None:
         """Give free slots to waiting requests, as many as one prefill covers."""
-        batch, free = self._queue.batch, self._seats.free
+        batch = self._queue.batch
         if self._prefilled is None or self._prefilled[0] != batch:
             self._prefilled = None  # before the next one is made
             self._prefilled = (batch, self._run_prefill(batch))
+        free = self._seats.free  # which a prefill may have put in another order
         rows, asked = (np.array(x) for x in zip(*self._queue.take(len(free)), strict=True))
         where = free[: len(asked)]
         drawn = self._lengths[asked]
@@ -249,26 +250,33 @@ class Call:
         for row, request, n in zip(tokens, rows, before, strict=True):
             row[n : n + self._lengths[request]] = self._tokens[request, : self._lengths[request]]
         if width > self._window:
-            self._fit(np.arange(len(self._seats.request)), width)
+            self._fit(len(self._seats.request) // self._parts, width)
         placed = put_batch(self._engine.mesh, (tokens, lengths.astype(np.int32)))
         return self._engine._prefill(self._params, *placed)
 
     def _resize(self) -> None:
         """Enough cache columns for the next chunk, and no many more slots than are in use."""
-        engine, taken, slots = self._engine, self._seats.taken, len(self._seats.request)
+        engine, slots = self._engine, len(self._seats.request)
         window = choose_window(engine._windows, self._seats.longest + engine._chunk)
-        fewer = self._enough_slots(len(taken))
+        # Of the fullest device's part, as none gives a slot to another.
+        used = (self._seats.request >= 0).reshape(self._parts, -1).sum(axis=1)
+        fewer = self._enough_slots(int(used.max()) * self._parts)
         if fewer == slots and window <= self._window:
             return
-        rows = np.arange(slots)
-        if fewer < slots:
-            rows = np.concatenate([taken, self._seats.free])[:fewer]
-            self._seats = self._seats.pick(rows)
-        self._fit(rows, window)
+        self._fit(fewer // self._parts, window)
 
-    def _fit(self, rows: Int[np.ndarray, "n"], window: int) -> None:
-        """The slots `rows` alone, with so many columns of cache."""
-        self._window = window
+    @property
+    def _parts(self) -> int:
+        """Into how many parts the mesh splits the slots."""
+        parts = batch_parts(self._engine.mesh)
+        return 1 if len(self._seats.request) % parts else parts
+
+    def _fit(self, per_part: int, window: int) -> None:
+        """So many slots on each device, first those in use, with so many columns of cache."""
+        self._window, parts = window, self._parts
+        free = (self._seats.request < 0).reshape(parts, -1)
+        rows = np.argsort(free, axis=1, kind="stable")[:, :per_part]
+        self._seats = self._seats.pick((rows + free.shape[1] * np.arange(parts)[:, None]).ravel())
         where = self._put(rows.astype(np.int32))
         self._slots = self._engine._fit(self._slots, where, window=window)
 

@@ -102,16 +102,28 @@ def admit(
     return Slots(cache, _whole(merged))
 
 
-def fit(slots: Slots, rows: Int[Array, "B2"], *, window: int) -> Slots:
-    """The slots `rows` alone, with `window` columns of cache."""
+def fit(slots: Slots, rows: Int[Array, "Z n"], *, window: int) -> Slots:
+    """Some slots alone, with `window` columns of cache.
+
+    Args:
+      rows: for each of Z equal, contiguous parts of the slots, which of them stay. With Z the parts
+        that a mesh splits slots into, no cache goes from one device to another.
+    """
+    parts, kept = rows.shape
+    per_part = slots.requests.lengths.shape[0] // parts
+    flat = (rows + per_part * jnp.arange(parts)[:, None]).reshape(-1)
 
     def change(x: Array, axis: int) -> Array:
-        x = jax.lax.slice_in_dim(x[rows], 0, min(window, x.shape[axis]), axis=axis)
+        x = x.reshape(parts, per_part, *x.shape[1:])
+        x = constrain(x, "batch", None, "kv_heads", None, None)
+        x = jax.vmap(lambda part, which: part[which])(x, constrain(rows, "batch", None))
+        x = x.reshape(parts * kept, *x.shape[2:])
+        x = jax.lax.slice_in_dim(x, 0, min(window, x.shape[axis]), axis=axis)
         pad = [(0, 0)] * 4
         pad[axis] = (0, window - x.shape[axis])
         return constrain(jnp.pad(x, pad), "batch", "kv_heads", None, None)
 
-    requests = jax.tree.map(lambda x: x[rows], slots.requests)
+    requests = jax.tree.map(lambda x: x[flat], slots.requests)
     cache = [jax.tree.map(change, layer, COLUMNS) for layer in slots.cache]
     return Slots(cache, _whole(requests))
 
