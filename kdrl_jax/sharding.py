@@ -59,20 +59,25 @@ def make_mesh(
       UserError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = [data, fsdp, tensor]
+    sizes = mesh_sizes(len(devices), (data, fsdp, tensor))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_sizes(count: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    """Sizes of the axes on `count` devices, the one that is -1 inferred.
+
+    Raises:
+      UserError: they do not multiply to `count`.
+    """
     names = ", ".join(f"mesh.{a}={s}" for a, s in zip(AXES, sizes, strict=True))
-    if sizes.count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
+    if list(sizes).count(-1) > 1 or any(s == 0 or s < -1 for s in sizes):
         raise UserError(f"{names}: sizes must be positive, with at most one -1 to be inferred")
     known = math.prod(s for s in sizes if s != -1)
-    if -1 in sizes:
-        if len(devices) % known:
-            raise UserError(f"{names}: {known} does not divide the {len(devices)} devices present")
-        sizes[sizes.index(-1)] = len(devices) // known
-    elif known != len(devices):
-        raise UserError(
-            f"{names}: needs {known} devices, {len(devices)} are present; use -1 for one axis"
-        )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    if -1 not in sizes and known != count:
+        raise UserError(f"{names}: needs {known} devices, {count} are present; use -1 for one axis")
+    if count % known:
+        raise UserError(f"{names}: {known} does not divide the {count} devices present")
+    return tuple(count // known if s == -1 else s for s in sizes)
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -184,10 +189,29 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
     def one(x: Any) -> jax.Array:
         x = x if isinstance(x, jax.Array) else np.asarray(x)
-        whole = x.ndim == 0 or not _divides(mesh, BATCH_AXES, x.shape[0])
-        return jax.device_put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
+        return jax.device_put(x, batch_sharding(mesh, x.shape))
 
     return jax.tree.map(one, tree)
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """How `put_batch` lays out an array of this shape."""
+    whole = not shape or not _divides(mesh, BATCH_AXES, shape[0])
+    return NamedSharding(mesh, P() if whole else P(BATCH_AXES))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of arrays that lie as `shardings`, a tree alike, say."""
+
+    def one(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, shardings)
+
+
+def placed_batch(mesh: Mesh, shapes: Any) -> Any:
+    """What `put_batch` makes of arrays like these, as shapes."""
+    return placed(shapes, jax.tree.map(lambda x: batch_sharding(mesh, x.shape), shapes))
 
 
 def _axis_size(mesh: Any, part: Any) -> int:

@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.models.attention import QUERY_BLOCK, SPANS
@@ -39,7 +39,7 @@ class Placed:
     on_cpu: bool
 
     @classmethod
-    def on(cls, mesh: Mesh, shape: ModelConfig, dtype: str, on_cpu: bool) -> Placed:
+    def on(cls, mesh: Mesh | AbstractMesh, shape: ModelConfig, dtype: str, on_cpu: bool) -> Placed:
         """`shape` on `mesh`, with the `dtype` of its role."""
         sizes, small = mesh.shape, dtype == "int8"
         width = jnp.dtype("bfloat16" if small else dtype).itemsize

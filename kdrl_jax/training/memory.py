@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax.models import ModelConfig
@@ -102,8 +102,8 @@ class Planner:
         config: ConfigDict,
         sizes: Sizes,
         shapes: Mapping[str, ModelConfig],
-        mesh: Mesh,
-        teacher_mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
+        teacher_mesh: Mesh | AbstractMesh,
         on_cpu: bool,
     ):
         self.config, self.sizes = config, sizes

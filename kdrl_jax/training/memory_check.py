@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax.models import ModelConfig
@@ -76,6 +76,7 @@ class MemoryCheck:
 
     Args:
       shapes: of "student" and, where the method has one, "teacher".
+      limit: bytes of a device, for devices that are not at hand and no CPUs; default: those here.
     """
 
     def __init__(
@@ -83,17 +84,19 @@ class MemoryCheck:
         config: ConfigDict,
         sizes: Sizes,
         shapes: Mapping[str, ModelConfig],
-        mesh: Mesh,
-        teacher_mesh: Mesh,
+        mesh: Mesh | AbstractMesh,
+        teacher_mesh: Mesh | AbstractMesh,
+        *,
+        limit: float | None = None,
     ):
-        on_cpu = jax.devices()[0].platform == "cpu"
+        on_cpu = limit is None and jax.devices()[0].platform == "cpu"
         self._planner = Planner(config, sizes, shapes, mesh, teacher_mesh, on_cpu)
         self._now = Levers.of(config)
         self._slots_ways = batch_parts(mesh)
         self._rows_ways = max(batch_parts(mesh), batch_parts(teacher_mesh))
         self._rows = sizes.rollouts // config.mini_batches
         self.plan = self._planner.plan(self._now)
-        self.limit = device_limit(config.memory_gib)
+        self.limit = device_limit(config.memory_gib) if limit is None else limit
 
     def require(self, display: Display) -> MemoryCheck:
         """Say what the run will need; returns itself.
@@ -102,19 +105,25 @@ class MemoryCheck:
           UserError: phases need more than the limit; a line for those that the same keys mend,
             with what would fit.
         """
-        limit = self.limit
-        of = "" if limit is None else f" of {human(limit)}"
+        of = "" if self.limit is None else f" of {human(self.limit)}"
         display.say(f"memory{of} a device, estimated: {self.plan.line()}")
+        if problems := self.problems():
+            display.say(self.plan.table())
+            raise UserError(*problems)
+        return self
+
+    def problems(self) -> list[str]:
+        """A line for those phases that need more than the limit and that the same keys mend."""
+        limit = self.limit
         if limit is None or self.plan.peak <= limit:
-            return self
-        display.say(self.plan.table())
+            return []
         override = "an estimate: memory_gib sets another limit"
         resident = sum(self._planner.resident().values())
         if resident > limit:
-            raise UserError(
+            return [
                 f"mesh.fsdp: weights, optimizer and frozen models alone take {human(resident)} of "
                 f"a device's {human(limit)}; {self._elsewhere()} ({override})"
-            )
+            ]
         problems = []
         for group in (SAMPLING, LEARNING):
             too_large = [p for p in group if p in self.plan.phases and self.plan.need(p) > limit]
@@ -125,7 +134,7 @@ class MemoryCheck:
                     f"{self._names(group)}: {needs} of a device's {human(limit)}, "
                     f"{self._largest(worst)}; {self.advice(group, limit)} ({override})"
                 )
-        raise UserError(*problems)
+        return problems
 
     def explain(self, error: BaseException, phase: str, step: int, saved: int | None) -> UserError:
         """What to tell a user whose devices ran out of memory.
