@@ -14,7 +14,8 @@ def model(**overrides) -> ConfigDict:
     c = ConfigDict()
     # A Hugging Face folder or the folder of a finished run; "" builds `shape` with random weights.
     c.path = ""
-    # Used only where path is "": a model of this shape, with the embedded SentencePiece tokenizer.
+    # Used only where path is "": a model of this shape, with the embedded SentencePiece tokenizer;
+    # and by `kdrl_jax.plan`. configs/shapes.py has those of published models.
     c.shape = ConfigDict()
     c.shape.model_type = "qwen3"  # qwen2 | qwen3 | llama
     c.shape.hidden_size = 128
@@ -23,6 +24,8 @@ def model(**overrides) -> ConfigDict:
     c.shape.num_kv_heads = 2
     c.shape.head_dim = 32
     c.shape.mlp_size = 384
+    c.shape.vocab_size = 0  # rows of the embedding; 0: as the tokenizer needs
+    c.shape.tie_embeddings = True  # False: an output head of its own
     # Supervised warm-up on the task's worked solutions (rows: each has a solution); 0 steps: none.
     # The result is kept under cache_dir and reused by every run with the same keys.
     c.sft = ConfigDict()

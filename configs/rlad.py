@@ -10,6 +10,7 @@ measured 0.94 at 8K tokens against 0.92 for KDRL and 0.76 for GRPO.
 """
 
 from configs.base import get_config as base
+from configs.shapes import QWEN3_0_6B, QWEN3_8B
 
 VARIANTS = {
     "8k": {"rollout.max_new_tokens": 8192},
@@ -32,6 +33,8 @@ VARIANTS = {
 
 def get_config():
     c = base()
+    c.student.shape.update(QWEN3_0_6B)
+    c.teacher.shape.update(QWEN3_8B)
     c.objective = "trrd"
     c.aggregation = "seq-mean-token-mean"
     c.clip_eps_low, c.clip_eps_high = 0.2, 0.28

@@ -10,10 +10,12 @@ multi-GPU host. Not run yet at this scale; no time or result is claimed.
 """
 
 from configs.base import get_config as base
+from configs.shapes import R1_DISTILL_QWEN_1_5B
 
 
 def get_config():
     c = base()
+    c.student.shape.update(R1_DISTILL_QWEN_1_5B)
     c.eval.samples = 16
     c.objective = "grpo"
     c.reference_coef = 1e-3

@@ -15,6 +15,7 @@ measured 57.2 on average over six benchmarks against 54.6 for GRPO.
 """
 
 from configs.base import get_config as base
+from configs.shapes import R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
 from kdrl_jax.data.filters import STAGE2_FILTERS
 
 _CONSTANT = {"beta.schedule": "constant", "beta.init": 2e-3}
@@ -40,6 +41,8 @@ VARIANTS = {
 
 def get_config():
     c = base()
+    c.student.shape.update(R1_DISTILL_QWEN_1_5B)
+    c.teacher.shape.update(R1_DISTILL_QWEN_7B)
     c.eval.samples = 16
     c.data.path = "hf://Skywork/Skywork-OR1-RL-Data?file=data/math-*.parquet"
     c.data.on_bad = "drop"

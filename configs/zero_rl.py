@@ -11,6 +11,7 @@ against 31.3 for GRPO and 30.8 for KD-RKL.
 """
 
 from configs.base import get_config as base
+from configs.shapes import QWEN25_3B, QWEN25_7B
 from kdrl_jax.data.filters import ZERO_RL_STUDENT_FILTERS
 
 VARIANTS = {
@@ -21,6 +22,8 @@ VARIANTS = {
 
 def get_config():
     c = base()
+    c.student.shape.update(QWEN25_3B)
+    c.teacher.shape.update(QWEN25_7B)
     c.eval.samples = 16
     c.steps = 480
     c.beta.init = 2e-1

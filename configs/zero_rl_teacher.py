@@ -7,12 +7,14 @@
 Not run yet at this scale; no time or result is claimed.
 """
 
+from configs.shapes import QWEN25_7B
 from configs.zero_rl import get_config as zero_rl
 from kdrl_jax.data.filters import ZERO_RL_TEACHER_FILTERS
 
 
 def get_config():
     c = zero_rl()
+    c.student.shape.update(QWEN25_7B)
     c.objective = "grpo"
     c.data.filters = ZERO_RL_TEACHER_FILTERS
     c.steps = 300

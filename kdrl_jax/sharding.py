@@ -184,7 +184,8 @@ def state_shardings(mesh: Mesh, state: Any) -> Any:
             name = "/".join(parts[start:])
             if any(re.fullmatch(pattern, name) for pattern, _ in PARAM_RULES):
                 spec = param_spec(name) if leaf.ndim else P()
-                spread_out = "opt_state" in parts
+                copies = mesh.shape["data"] * mesh.shape["context"]
+                spread_out = "opt_state" in parts and copies > 1
                 return NamedSharding(mesh, spread(spec, leaf) if spread_out else spec)
         return NamedSharding(mesh, P())
 
@@ -277,10 +278,29 @@ def put_batch(mesh: Mesh, tree: Any) -> Any:
 
     def one(x: Any) -> jax.Array:
         x = x if isinstance(x, jax.Array) else np.asarray(x)
-        whole = x.ndim == 0 or not _divides(mesh, BATCH_AXES, x.shape[0])
-        return put(x, NamedSharding(mesh, P() if whole else P(BATCH_AXES)))
+        return put(x, batch_sharding(mesh, x.shape))
 
     return jax.tree.map(one, tree)
+
+
+def batch_sharding(mesh: Mesh, shape: Sequence[int]) -> NamedSharding:
+    """How `put_batch` lays out an array of this shape."""
+    whole = not shape or not _divides(mesh, BATCH_AXES, shape[0])
+    return NamedSharding(mesh, P() if whole else P(BATCH_AXES))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """`jax.ShapeDtypeStruct`s of arrays that lie as `shardings`, a tree alike, say."""
+
+    def one(x: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+    return jax.tree.map(one, shapes, shardings)
+
+
+def placed_batch(mesh: Mesh, shapes: Any) -> Any:
+    """What `put_batch` makes of arrays like these, as shapes."""
+    return placed(shapes, jax.tree.map(lambda x: batch_sharding(mesh, x.shape), shapes))
 
 
 def _axis_size(mesh: Any, part: Any) -> int:

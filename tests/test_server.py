@@ -452,12 +452,6 @@ def test_partial_rollouts_and_wrong_keys_are_refused(folder, tmp_path, params):
         assert not server.asked
 
 
-def test_several_processes_are_refused(folder, tmp_path, params, monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    with LocalServer(folder) as server, pytest.raises(UserError, match="2 processes"):
-        drawn(server, tmp_path, params)
-
-
 # --- the check at the start -----------------------------------------------------------------
 
 PROMPTS = ((2, 3, 4), (5, 6), (7, 8, 9, 10), (11, 2))

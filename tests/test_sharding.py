@@ -150,6 +150,7 @@ def test_meshes_of_their_own():
         [d.id for d in mesh.devices.flat] for mesh in (found.student, found.rollout, found.teacher)
     ]
     assert ids == [[0, 1, 2, 3], [4, 5], [6, 7]]
+    assert found.apart == {"teacher", "rollout"}
     own = meshes("mesh.fsdp=4", "mesh.data=2", "teacher_mesh.data=1", "teacher_mesh.tensor=2")
     assert dict(own.teacher.shape) == {"data": 1, "context": 1, "fsdp": 4, "tensor": 2}
 

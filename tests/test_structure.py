@@ -12,8 +12,8 @@ FLOORS = {
     2: ("models", "objectives", "rewards"),
     3: ("rollout", "data", "tasks"),
     4: ("training",),
-    5: ("evaluation", "reproduction"),
-    6: ("cli", "train", "evaluate", "difficulty", "reproduce", "convert", "report"),
+    5: ("evaluation", "reproduction", "planning"),
+    6: ("cli", "train", "evaluate", "difficulty", "reproduce", "convert", "report", "plan"),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

@@ -50,6 +50,7 @@ class Learner:
       reference: the initial student; None without a reference KL.
       valid_vocab: ids that the tokenizer knows.
       mask_final_eos: see `build_batch`.
+      new_scorer: of what kind its scorers are; a plan has some that only say what they would run.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Learner:
         reference: Weights | None,
         valid_vocab: int,
         mask_final_eos: bool,
+        new_scorer: type[Scorer] = Scorer,
     ):
         self._config, self._sizes, self._mesh = config, sizes, mesh
         self._teacher, self._reference = teacher, reference
@@ -72,15 +74,12 @@ class Learner:
 
         def scorer(model: Decoder, where: Mesh) -> Scorer:
             sizes_of = {"rows": config.micro_batch, "mini_batches": config.mini_batches}
-            return Scorer(model, where, mesh, **sizes_of, **head)
+            return new_scorer(model, where, mesh, **sizes_of, **head)
 
         self._of_student = scorer(student, mesh)
         self._of_teacher = teacher and scorer(teacher.model, teacher.mesh)
-        self._teacher_head: Array | None = None
-        if teacher and method.kd and config.kd_estimator == "full":
-            # Replicated: the loss reads it whole, a part of the vocabulary at a time.
-            head_weights = jax.jit(teacher.model.head)(teacher.params)
-            self._teacher_head = put(head_weights, replicated(mesh))
+        asked = teacher is not None and method.kd and config.kd_estimator == "full"
+        self._teacher_head = self._whole_head(teacher) if teacher and asked else None
         self._fill_slots = jax.jit(
             functools.partial(
                 build_batch,
@@ -114,6 +113,11 @@ class Learner:
         )
         self._beta = beta_schedule(**config.beta.to_dict())
         self._policy_coef = phase_schedule(config.policy_phases, 1.0)
+
+    def _whole_head(self, teacher: Weights) -> Array:
+        """The teacher's head, replicated: the loss reads it whole, some of the ids at a time."""
+        head = jax.jit(teacher.model.head)(teacher.params)
+        return put(head, replicated(self._mesh))
 
     def beta(self, step: int, trend: Trend) -> float:
         """β of a step; 0 where the objective has none."""

@@ -109,9 +109,7 @@ class Planner:
         student = shapes["student"]
         self.student = Placed.on(meshes.student, student, config.student.dtype, on_cpu)
         self._sampler = Placed.on(meshes.rollout, student, sizes.rollout_dtype, on_cpu)
-        home = set(meshes.student.devices.flat)
-        self._apart = {"teacher": home.isdisjoint(meshes.teacher.devices.flat)}
-        self._apart["rollout"] = home.isdisjoint(meshes.rollout.devices.flat)
+        self._apart = meshes.apart
         self._packed = sizes.micro_batches > 1
         self.teacher = self._by_teacher = None
         if "teacher" in shapes:
@@ -145,12 +143,12 @@ class Planner:
 
     def resident(self, where: str = "student") -> Parts:
         """What lives from the first step to the last, on the devices of a mesh."""
-        if where != "student" and self._apart[where]:
+        if where in self._apart:
             return {"teacher": self.teacher.frozen()} if where == "teacher" and self.teacher else {}
         parts = {"weights": self.student.stored(F32)}
         if not self.config.optimizer.offload:
             parts["moments"] = self.student.moments()
-        if self.teacher and not self.config.teacher.offload and not self._apart["teacher"]:
+        if self.teacher and not self.config.teacher.offload and "teacher" not in self._apart:
             parts["teacher"] = self.teacher.frozen()
         if self.config.reference_coef:
             parts["reference"] = self.student.frozen()
@@ -205,7 +203,7 @@ class Planner:
         home = self.teacher if by_teacher and self.teacher else self.student
         if by_teacher and self.config.teacher.offload:
             always["teacher"] = model.frozen()
-        elif (home.fsdp, home.tensor) != (model.fsdp, model.tensor) or self._apart["rollout"]:
+        elif (home.fsdp, home.tensor) != (model.fsdp, model.tensor) or "rollout" in self._apart:
             stored = model.frozen() if by_teacher else model.stored(F32)
             always["weights as rollouts have them"] = stored
         return self._worst("rollout", always, drawing, growing, filling, admitting, copying)

@@ -76,6 +76,7 @@ class MemoryCheck:
 
     Args:
       shapes: of "student" and, where the method has one, "teacher".
+      limit: bytes of a device, for devices that are not at hand and no CPUs; default: those here.
     """
 
     def __init__(
@@ -84,15 +85,17 @@ class MemoryCheck:
         sizes: Sizes,
         shapes: Mapping[str, ModelConfig],
         meshes: Meshes,
+        *,
+        limit: float | None = None,
     ):
-        on_cpu = jax.devices()[0].platform == "cpu"
+        on_cpu = limit is None and jax.devices()[0].platform == "cpu"
         self._planner = Planner(config, sizes, shapes, meshes, on_cpu)
         self._now = Levers.of(config)
         self._slots_ways = batch_parts(meshes.rollout)
         self._rows_ways = max(batch_parts(meshes.student), batch_parts(meshes.teacher))
         self._rows = sizes.rollouts // config.mini_batches
         self.plan = self._planner.plan(self._now)
-        self.limit = device_limit(config.memory_gib)
+        self.limit = device_limit(config.memory_gib) if limit is None else limit
 
     def require(self, display: Display) -> MemoryCheck:
         """Say what the run will need; returns itself.
@@ -101,19 +104,25 @@ class MemoryCheck:
           UserError: phases need more than the limit; a line for those that the same keys mend,
             with what would fit.
         """
-        limit = self.limit
-        of = "" if limit is None else f" of {human(limit)}"
+        of = "" if self.limit is None else f" of {human(self.limit)}"
         display.say(f"memory{of} a device, estimated: {self.plan.line()}")
+        if problems := self.problems():
+            display.say(self.plan.table())
+            raise UserError(*problems)
+        return self
+
+    def problems(self) -> list[str]:
+        """A line for those phases that need more than the limit and that the same keys mend."""
+        limit = self.limit
         if limit is None or self.plan.peak <= limit:
-            return self
-        display.say(self.plan.table())
+            return []
         override = "an estimate: memory_gib sets another limit"
         resident = sum(self._planner.resident().values())
         if resident > limit:
-            raise UserError(
+            return [
                 f"mesh.fsdp: weights, optimizer and frozen models alone take {human(resident)} of "
                 f"a device's {human(limit)}; {self._elsewhere()} ({override})"
-            )
+            ]
         problems = []
         for group in (SAMPLING, LEARNING):
             too_large = [p for p in group if p in self.plan.phases and self.plan.need(p) > limit]
@@ -124,7 +133,7 @@ class MemoryCheck:
                     f"{self._names(group)}: {needs} of a device's {human(limit)}, "
                     f"{self._largest(worst)}; {self.advice(group, limit)} ({override})"
                 )
-        raise UserError(*problems)
+        return problems
 
     def explain(self, error: BaseException, phase: str, step: int, saved: int | None) -> UserError:
         """What to tell a user whose devices ran out of memory.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, cast
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from ml_collections import ConfigDict
 
 from kdrl_jax import processes
@@ -15,39 +16,50 @@ from kdrl_jax.types import UserError
 
 
 class Meshes(NamedTuple):
-    """Over the same devices unless a config names others; arrays move by `jax.device_put`."""
+    """Over the same devices unless a config names others; arrays move by `jax.device_put`.
+
+    A plan's are of devices that are not there; without a description of these, of sizes alone.
+    """
 
     student: Mesh
     teacher: Mesh
     rollout: Mesh
+    apart: frozenset[str] = frozenset()
+    """Which of "teacher" and "rollout" have no device of the student's."""
 
 
-def make_meshes(config: ConfigDict, devices: list[jax.Device] | None = None) -> Meshes:
+def make_meshes(
+    config: ConfigDict, devices: list[jax.Device] | None = None, *, count: int | None = None
+) -> Meshes:
     """The meshes of a config; a size of 0 stands for that of `mesh`.
 
     Args:
       devices: default: all there are.
+      count: of devices that nobody describes: gives meshes of sizes alone.
 
     Raises:
       UserError: sizes that do not fit the devices, of all meshes at once.
     """
-    devices = jax.devices() if devices is None else devices
+    present: Sequence[Any] = range(count) if count else devices or jax.devices()
     problems: list[str] = []
+    kinds = (AxisType.Auto,) * len(AXES)
 
     def make(key: str, like: Mesh | None) -> Mesh | None:
         sizes = {axis: config[key][axis] for axis in config[key] if axis in AXES}
         sizes.setdefault("context", 1)  # rollouts have no use for it
         try:
-            chosen = pick_devices(config[key].devices, devices, key)
-            if like is None:
+            chosen = pick_devices(config[key].devices, present, key)
+            if like is not None:
+                sizes = {axis: size or like.shape[axis] for axis, size in sizes.items()}
+            if not count and (like is None or config[key].devices):
                 return make_mesh(**sizes, devices=chosen, key=key)
-            sizes = {axis: size or like.shape[axis] for axis, size in sizes.items()}
-            if config[key].devices:
-                return make_mesh(**sizes, devices=chosen, key=key)
+            share = like is not None and not config[key].devices
+            sizes = infer_sizes(sizes, like.size if like and share else len(chosen), key)
+            shape = tuple(sizes[axis] for axis in AXES)
+            if count or like is None:
+                return cast(Mesh, AbstractMesh(shape, AXES, axis_types=kinds))
             # In the order of the first mesh, so that what is laid out alike need not move.
-            sizes = infer_sizes(sizes, like.size, key)
-            grid = like.devices.reshape([sizes[axis] for axis in AXES])
-            return Mesh(grid, AXES, axis_types=like.axis_types)
+            return Mesh(like.devices.reshape(shape), AXES, axis_types=kinds)
         except UserError as error:
             problems.extend(error.problems)
             return None
@@ -58,7 +70,14 @@ def make_meshes(config: ConfigDict, devices: list[jax.Device] | None = None) -> 
     teacher, rollout = make("teacher_mesh", student), make("rollout_mesh", student)
     if teacher is None or rollout is None:
         raise UserError(*problems)
-    return Meshes(student, teacher, rollout)
+    home = set(pick_devices(config.mesh.devices, present, "mesh"))
+    apart = {
+        name
+        for name in ("teacher", "rollout")
+        if (own := config[f"{name}_mesh"].devices)
+        and home.isdisjoint(pick_devices(own, present, name))
+    }
+    return Meshes(student, teacher, rollout, frozenset(apart))
 
 
 def describe(mesh: Mesh) -> str:
@@ -74,7 +93,7 @@ def rollout_mesh(config: ConfigDict) -> Mesh:
     return make_meshes(config).rollout
 
 
-def pick_devices(text: str, devices: list[jax.Device], key: str) -> list[jax.Device]:
+def pick_devices(text: str, devices: Sequence[Any], key: str) -> Sequence[Any]:
     """'0:48' of `devices`.
 
     Raises:

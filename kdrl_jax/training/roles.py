@@ -47,13 +47,17 @@ def read_model_config(path: str | Path) -> ModelConfig:
     return load_config(folder)
 
 
-def model_config(role: ConfigDict, tokenizer: Tokenizer, window: int) -> ModelConfig:
-    """The shape of a role's model: read from its folder, or from `shape`."""
+def model_config(role: ConfigDict, ids: int, window: int) -> ModelConfig:
+    """The shape of a role's model: read from its folder, or from `shape`.
+
+    Args:
+      ids: of the tokenizer; how many rows the vocabulary needs where `shape` does not say.
+    """
     if role.path:
         return read_model_config(role.path)
     shape = role.shape
     return ModelConfig(
-        vocab_size=-(-tokenizer.size // 64) * 64,
+        vocab_size=shape.vocab_size or -(-ids // 64) * 64,
         hidden_size=shape.hidden_size,
         num_layers=shape.num_layers,
         num_heads=shape.num_heads,
@@ -65,7 +69,7 @@ def model_config(role: ConfigDict, tokenizer: Tokenizer, window: int) -> ModelCo
         norm_eps=1e-6,
         qkv_bias=shape.model_type == "qwen2",
         qk_norm=shape.model_type == "qwen3",
-        tie_embeddings=True,
+        tie_embeddings=shape.tie_embeddings,
         max_positions=window,
         model_type=shape.model_type,
     )
@@ -86,9 +90,19 @@ def check_roles(
       UserError: a window that is too short, a vocabulary that does not fit, heads or a micro-batch
         that the mesh cannot split, a teacher that maps ids otherwise; one line each.
     """
+    shapes = check_shapes(config, sizes, tokenizer.size, meshes)
+    if sizes.method.uses_teacher and config.teacher.path:
+        check_tokenizer_pair(tokenizer, load_tokenizer(model_folder(config.teacher.path)))
+    return shapes
+
+
+def check_shapes(
+    config: ConfigDict, sizes: Sizes, ids: int, meshes: Meshes
+) -> dict[str, ModelConfig]:
+    """`check_roles` without a tokenizer, of which only the number of `ids` counts."""
     window = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     roles = ["student", "teacher"] if sizes.method.uses_teacher else ["student"]
-    shapes = {name: model_config(config[name], tokenizer, window) for name in roles}
+    shapes = {name: model_config(config[name], ids, window) for name in roles}
     problems: list[str] = []
     for name, shape in shapes.items():
         if window > shape.max_positions:
@@ -96,20 +110,22 @@ def check_roles(
                 f"data.max_prompt_tokens + rollout.max_new_tokens: {window} exceeds the {name}'s "
                 f"window of {shape.max_positions}; lower one of them"
             )
-        if tokenizer.size > shape.vocab_size:
+        if ids > shape.vocab_size:
+            key = "path" if config[name].path else "shape.vocab_size"
             problems.append(
-                f"{name}.path: has {shape.vocab_size} vocabulary rows, the tokenizer "
-                f"{tokenizer.size} ids; use the tokenizer that belongs to the model"
+                f"{name}.{key}: has {shape.vocab_size} vocabulary rows, the tokenizer "
+                f"{ids} ids; use the tokenizer that belongs to the model"
             )
     distils = sizes.method.kd and config.kd_estimator == "topk"
-    if distils and config.kd_topk.k > tokenizer.size:
+    if distils and config.kd_topk.k > ids:
         problems.append(
-            f"kd_topk.k: {config.kd_topk.k} exceeds the {tokenizer.size} ids of the tokenizer; "
+            f"kd_topk.k: {config.kd_topk.k} exceeds the {ids} ids of the tokenizer; "
             "use that many at most"
         )
     for name in roles:
         if config[name].path:
             problems += check_weights(config[name].path, Decoder(shapes[name]))
+    of: dict[str, tuple[str, Mesh]]
     of = {"mesh": ("student", meshes.student), "rollout_mesh": ("student", meshes.rollout)}
     if sizes.method.uses_teacher:
         of["teacher_mesh"] = ("teacher", meshes.teacher)
@@ -131,8 +147,6 @@ def check_roles(
             )
     if problems:
         raise UserError(*problems)
-    if sizes.method.uses_teacher and config.teacher.path:
-        check_tokenizer_pair(tokenizer, load_tokenizer(model_folder(config.teacher.path)))
     return shapes
 
 

@@ -70,6 +70,7 @@ _NOT_NEGATIVE = (
     *("rollout.refill", "rollout.slots", "rollout.carry"),
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
+    *(f"{role}.shape.vocab_size" for role in ROLES),
     *("optimizer.b1", "optimizer.b2"),
 )
 _POSITIVE = (
@@ -104,12 +105,15 @@ class Sizes:
     """Of the student's rollouts and evaluations."""
 
 
-def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
+def validate(
+    config: ConfigDict, reference: ConfigDict | None = None, *, sources: bool = True
+) -> Sizes:
     """Check every key and combination that can be checked without files or devices.
 
     Args:
       config: what `load_config` returned.
       reference: a config with every key; default `configs/base.py`.
+      sources: whether what a run reads must be there: data, tasks, models. A plan does without.
 
     Raises:
       UserError: with one line per problem.
@@ -121,7 +125,7 @@ def validate(config: ConfigDict, reference: ConfigDict | None = None) -> Sizes:
     problems = list(_key_problems(flat, known))
     # Where a key is missing or mistyped the default stands in, so that the rest is checked too.
     usable = {k: flat[k] if type(flat.get(k)) is type(v) else v for k, v in known.items()}
-    problems += [*_value_problems(usable), *_combination_problems(usable)]
+    problems += [*_value_problems(usable), *_combination_problems(usable, sources)]
     if problems:
         raise UserError(*problems)
     temperature = flat["logprob_temperature"]
@@ -198,7 +202,7 @@ def _problems_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> list[s
     return []
 
 
-def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
+def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
     beta = {key: flat[f"beta.{key}"] for key in ("schedule", "init", "min", "delta", "phases")}
     if beta["schedule"] in SCHEDULES:
         yield from _problems_of(beta_schedule, **beta)
@@ -207,8 +211,21 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
         yield from _method_problems(flat, METHODS[flat["objective"]])
         if flat["rollout.server.url"]:
             yield from _server_problems(flat, METHODS[flat["objective"]])
-    yield from _task_problems(flat)
     yield from _size_problems(flat)
+    if sources:
+        yield from _source_problems(flat)
+
+
+def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
+    """What a run reads and is not there."""
+    objective = flat["objective"]
+    taught = objective in METHODS and METHODS[objective].uses_teacher
+    if taught and not (flat["teacher.path"] or flat["teacher.sft.steps"]):
+        yield (
+            f"teacher.path: empty, and objective={objective!r} needs a teacher; give a folder, "
+            "set teacher.sft.steps to make one, or use objective='grpo'"
+        )
+    yield from _task_problems(flat)
     for key in ("data.path", "data.eval_path"):
         local = flat[key] and "://" not in flat[key] and not any(c in flat[key] for c in "*?[")
         if local and not Path(flat[key]).exists():
@@ -221,11 +238,6 @@ def _combination_problems(flat: dict[str, Any]) -> Iterator[str]:
 
 def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
     objective = flat["objective"]
-    if method.uses_teacher and not (flat["teacher.path"] or flat["teacher.sft.steps"]):
-        yield (
-            f"teacher.path: empty, and objective={objective!r} needs a teacher; give a folder, "
-            "set teacher.sft.steps to make one, or use objective='grpo'"
-        )
     if method.policy and flat["rollout.group_size"] == 1:
         yield (
             f"rollout.group_size: 1 gives objective={objective!r} only zero advantages, as "
