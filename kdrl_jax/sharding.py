@@ -225,6 +225,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, activation_spec(mesh, x.shape, *axes))
 
 
+def gathered(name: str, weight: jax.Array) -> jax.Array:
+    """A weight whole on `fsdp`, as products read it; nothing outside `jax.set_mesh`.
+
+    Args:
+      name: its path, of a single layer if it is one's.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.shape["fsdp"] == 1:
+        return weight
+    spec = param_spec(name)[-weight.ndim :]
+    parts = (None if part == "fsdp" else part for part in spec)
+    return jax.lax.with_sharding_constraint(weight, P(*parts))
+
+
 def activation_spec(mesh: Any, shape: Sequence[int], *axes: str | None) -> P:
     """The partition spec of an activation by the logical names of its axes."""
     parts = [ACTIVATION_RULES[a] for a in axes]

@@ -32,7 +32,7 @@ from kdrl_jax.models.layers import (
     rms_norm,
     rope_angles,
 )
-from kdrl_jax.sharding import constrain, path_name
+from kdrl_jax.sharding import constrain, gathered, path_name
 from kdrl_jax.types import KVCache, Params, UserError
 
 Attend = Callable[[Array, Array, Array], tuple[Array, Any]]
@@ -307,7 +307,12 @@ class Decoder:
         return einsum("...D,VD->...V", hidden, self.head(params), jnp.float32)
 
     def _layer(self, weights: Params, x: Array, rope: tuple[Array, Array], attend: Attend) -> Any:
-        weights = dequantize(weights, self.dtype)  # one layer at a time
+        # One layer at a time. Gathered by name, or a TPU's compiler would have the products wait for
+        # one part of a weight after the other.
+        weights = self.cast(dequantize(weights, self.dtype))
+        weights = jax.tree_util.tree_map_with_path(
+            lambda path, x: gathered(f"layers/{path_name(path)}", x), weights
+        )
         layer = nnx.merge(_graph(DecoderLayer, (self.config,)), weights)
         return layer(x, rope, attend)
 
