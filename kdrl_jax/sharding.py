@@ -280,7 +280,12 @@ def put(tree: Any, sharding: Any) -> Any:
             return jax.device_put(x, where) if jax.process_count() == 1 else of_host(x, where)
         if x.is_fully_addressable and not where.is_fully_addressable:
             return of_host(jax.device_get(x), where)
-        return x if x.sharding.is_equivalent_to(where, x.ndim) else jax.device_put(x, where)
+        if x.sharding == where:
+            return x
+        if x.sharding.is_equivalent_to(where, x.ndim):  # the same by another mesh's names
+            parts = [shard.data for shard in x.addressable_shards]
+            return jax.make_array_from_single_device_arrays(x.shape, where, parts)
+        return jax.device_put(x, where)
 
     if isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(lambda x: one(x, sharding), tree)

@@ -327,6 +327,7 @@ def test_a_folder_that_is_not_a_whole_model(run, tmp_path, capsys):
 def test_bad_weights_of_student_and_teacher_are_refused_together(run, tmp_path):
     """In one go, and before anything is allocated: only headers were read."""
     from kdrl_jax.data import load_tokenizer
+    from kdrl_jax.training.meshes import make_meshes
     from kdrl_jax.training.roles import check_roles
     from kdrl_jax.training.validation import validate
     from kdrl_jax.types import UserError
@@ -341,11 +342,9 @@ def test_bad_weights_of_student_and_teacher_are_refused_together(run, tmp_path):
     root = Path(__file__).parent.parent
     config, problems = read_config(root / "configs" / "demo.py", changes)
     assert not problems
-    mesh = make_mesh()
+    meshes = make_meshes(config, jax.devices()[:1])
     with pytest.raises(UserError) as error:
-        check_roles(
-            config, validate(config), load_tokenizer(teacher), {"mesh": mesh, "teacher_mesh": mesh}
-        )
+        check_roles(config, validate(config), load_tokenizer(teacher), meshes)
     assert len(error.value.problems) == 2
     assert "student/checkpoints/0: holds no params/" in error.value.problems[0]
     assert "model-00001-of-00003.safetensors: missing" in error.value.problems[1]

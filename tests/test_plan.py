@@ -17,7 +17,8 @@ from kdrl_jax.planning import run_plan
 from kdrl_jax.planning.compiled import Compiled, _too_large
 from kdrl_jax.planning.hlo import Module, group_size, shape_bytes
 from kdrl_jax.planning.machines import CHIPS, devices_of, parse_topology
-from kdrl_jax.planning.programs import OutlineEngine, lowered_programs
+from kdrl_jax.planning.outline import OutlineEngine
+from kdrl_jax.planning.programs import lowered_programs
 from kdrl_jax.planning.run_plan import make_run_plan
 from kdrl_jax.planning.table import text_of
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
@@ -432,6 +433,7 @@ def test_a_plan_with_a_compiler(monkeypatch):
     machine = parse_topology("h100:8")
     monkeypatch.setattr(run_plan, "devices_of", lambda machine: (jax.devices()[:8], ""))
     config = tiny(**{"mesh.data": 1, "mesh.fsdp": 4, "mesh.tensor": 2, "teacher_mesh.fsdp": 8})
+    config.teacher_mesh.tensor = 1
     config = apply_overrides(
         config,
         ["micro_batch=8", "rollout.group_size=8", "student.shape.num_kv_heads=2",

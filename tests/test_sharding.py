@@ -138,7 +138,10 @@ def test_rollouts_take_data_and_context_for_one_axis_and_move_nothing():
     assert dict(found.rollout.shape) == {"data": 2, "context": 1, "fsdp": 2, "tensor": 2}
     assert found.teacher == found.student
     weight = jax.device_put(jnp.ones((4, 8)), NamedSharding(found.student, P("fsdp", "tensor")))
-    assert to_mesh(found.rollout, weight) is weight
+    moved = to_mesh(found.rollout, weight)
+    assert moved.sharding.mesh == found.rollout
+    for x, y in zip(weight.addressable_shards, moved.addressable_shards, strict=True):
+        assert x.data.unsafe_buffer_pointer() == y.data.unsafe_buffer_pointer()
 
 
 def test_meshes_of_their_own():

@@ -307,8 +307,8 @@ class Decoder:
         return einsum("...D,VD->...V", hidden, self.head(params), jnp.float32)
 
     def _layer(self, weights: Params, x: Array, rope: tuple[Array, Array], attend: Attend) -> Any:
-        # One layer at a time. Gathered by name, or a TPU's compiler would have the products wait for
-        # one part of a weight after the other.
+        # One layer at a time. Gathered by name, or a TPU's compiler would have the products wait
+        # for one part of a weight after the other.
         weights = self.cast(dequantize(weights, self.dtype))
         weights = jax.tree_util.tree_map_with_path(
             lambda path, x: gathered(f"layers/{path_name(path)}", x), weights
