@@ -18,14 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT))
 
-# name: (config, topology, overrides)
+# name: (config, topology, variant)
 CASES = {
-    "stage2, v5p-32": ("stage2", "v5p-32", {}),
-    "stage2, v6e-64": ("stage2", "v6e-64", {}),
-    "stage2, v5e-256": ("stage2", "v5e-256", {"micro_batch": 256}),
-    "zero_rl (3B, teacher 7B), v5p-128": ("zero_rl", "v5p-128", {}),
-    "zero_rl_teacher (7B), v5p-128": ("zero_rl_teacher", "v5p-128", {}),
-    "stage2 with a 32B teacher, v5p-128": ("stage2", "v5p-128", {"teacher.shape": "QWEN25_32B"}),
+    "stage2, v5p-32": ("stage2", "v5p-32", ""),
+    "stage2, v6e-64": ("stage2", "v6e-64", ""),
+    "stage2, v5e-256": ("stage2", "v5e-256", "v5e_256"),
+    "zero_rl (3B, teacher 7B), v5p-128": ("zero_rl", "v5p-128", ""),
+    "zero_rl_teacher (7B), v5p-128": ("zero_rl_teacher", "v5p-128", ""),
+    "stage2 with a 32B teacher, v5p-128": ("stage2", "v5p-128", "teacher_32b"),
 }
 PHASES = ("rollout", "score", "update")
 GIB = 2**30
@@ -56,29 +56,16 @@ def main() -> None:
 
 def plan(name: str, args: argparse.Namespace) -> dict:
     """What `kdrl_jax.plan` says of a case."""
-    config, topology, changes = CASES[name]
+    config, topology, variant = CASES[name]
+    file = f"configs/{config}.py" + (f":{variant}" if variant else "")
     output = args.folder / f"{re.sub(r'[^a-z0-9]+', '_', name.lower()).strip('_')}.json"
     if not output.exists():
-        command = [sys.executable, "-m", "kdrl_jax.plan", f"--config=configs/{config}.py"]
+        command = [sys.executable, "-m", "kdrl_jax.plan", f"--config={file}"]
         command += [f"--topology={topology}", "--check", f"--compile={args.compile}"]
-        command += [f"--config.{key}={value}" for key, value in overrides(changes).items()]
         done = subprocess.run([*command, f"--output={output.resolve()}"], cwd=ROOT, check=False)
         if done.returncode not in (0, 1):  # 1: it does not fit
             sys.exit(f"{name}: {' '.join(command)} ended with {done.returncode}")
     return json.loads(output.read_text(encoding="utf-8"))
-
-
-def overrides(changes: dict) -> dict:
-    """With the names of `configs/shapes.py` replaced by what they stand for."""
-    from configs import shapes
-
-    found = {}
-    for key, value in changes.items():
-        if key.endswith(".shape"):
-            found |= {f"{key}.{k}": v for k, v in getattr(shapes, value).items()}
-        else:
-            found[key] = value
-    return found
 
 
 def row(name: str, found: dict) -> str:

@@ -10,12 +10,13 @@ one's own, `'--config.data.filters=()'`, or labels by `python -m kdrl_jax.diffic
 β falls from 5e-3 to 1e-3 by 5e-5 a step. `--config=configs/stage2.py:VARIANT` is another row or
 ablation of the paper, see VARIANTS; the weaker teacher of section 4.4 is another
 `--config.teacher.path`. GRPO and KD-RKL alone are `grpo.py` and `kd_rkl.py`, rejection sampling is
-`sft.py`. Hardware: a pod. Not run yet at this scale; no time or result is claimed. The paper
-measured 57.2 on average over six benchmarks against 54.6 for GRPO.
+`sft.py`. Hardware: a pod; by `python -m kdrl_jax.plan` it fits v5p-32, v6e-64 and, with the variant
+`v5e_256`, v5e-256. Not run yet at this scale; no time or result is claimed. The paper measured 57.2
+on average over six benchmarks against 54.6 for GRPO.
 """
 
 from configs.base import get_config as base
-from configs.shapes import R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
+from configs.shapes import QWEN25_32B, R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
 from kdrl_jax.data.filters import STAGE2_FILTERS
 
 _CONSTANT = {"beta.schedule": "constant", "beta.init": 2e-3}
@@ -36,6 +37,10 @@ VARIANTS = {
         "beta.phases": ((0, 5e-3), (140, 0.0)),
         "policy_phases": ((0, 0.0), (140, 1.0)),
     },
+    # A slice of 256 chips: four share the length of a row, as a micro-batch has 64.
+    "v5e_256": {"mesh.context": 4},
+    # Of this shape for `kdrl_jax.plan`; a run takes that of its teacher.path.
+    "teacher_32b": {f"teacher.shape.{key}": size for key, size in QWEN25_32B.items()},
 }
 
 

@@ -574,3 +574,16 @@ def test_a_tpu_that_is_not_there():
     large = apply_overrides(config, ["student.shape.vocab_size=1000000000"])
     found = make_run_plan(large, parse_topology("v5e:2x2"), ("update",), report=lambda line: None)
     assert not found.fits
+
+
+def test_a_shipped_config_fits_a_slice_by_its_compiler(capsys):
+    """The others are compiled by benchmarks/plans.py."""
+    pytest.importorskip("libtpu", reason="needs libtpu, the compiler of the extra `tpu`")
+    plan.main([STAGE2, "--topology=v5p-32", "--check", "--compile=score,update"])
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[-1] == "fits"
+    for program in ("score teacher", "update"):
+        sizes = next(x for x in shown.splitlines() if x.startswith(f"{program} "))
+        assert sizes.count("GiB") >= 3, sizes
+    assert "too large" not in shown
+    assert "failed" not in shown
