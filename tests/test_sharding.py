@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from configs.base import get_config
+from kdrl_jax import processes
 from kdrl_jax.config import apply_overrides
 from kdrl_jax.models import Decoder, ModelConfig
 from kdrl_jax.sharding import (
@@ -177,3 +178,9 @@ def test_meshes_of_their_own():
 def test_meshes_that_cannot_be(overrides, said):
     with pytest.raises(UserError, match=said):
         meshes(*overrides)
+
+
+def test_of_several_processes_all_meshes_have_the_same_devices(monkeypatch):
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    with pytest.raises(UserError, match=r"^rollout_mesh.devices: '4:8', but there are 2 processes"):
+        meshes("rollout_mesh.devices=4:8")

@@ -64,11 +64,19 @@ def make_meshes(
             problems.extend(error.problems)
             return None
 
+    if processes.count() > 1:
+        problems += [
+            f"{key}.devices: {config[key].devices!r}, but there are {processes.count()} processes, "
+            "and JAX moves arrays between their devices only where all meshes have the same; leave "
+            "it empty"
+            for key in ("mesh", "teacher_mesh", "rollout_mesh")
+            if config[key].devices
+        ]
     student = make("mesh", None)
     if student is None:
         raise UserError(*problems)
     teacher, rollout = make("teacher_mesh", student), make("rollout_mesh", student)
-    if teacher is None or rollout is None:
+    if teacher is None or rollout is None or problems:
         raise UserError(*problems)
     home = set(pick_devices(config.mesh.devices, present, "mesh"))
     apart = {
