@@ -66,19 +66,21 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     enable_compilation_cache(Path(config.cache_dir))
     display = Display(quiet=not processes.is_first())
 
+    # --- Mesh ----------------------------------------------------------------------------------
     with processes.together():
-        # --- Mesh ------------------------------------------------------------------------------
         meshes = make_meshes(config)
         mesh = meshes.student
-        display.say(describe(mesh))
-
-        # --- Data ------------------------------------------------------------------------------
         tokenizer = load_run_tokenizer(config)
-        problems, held_out, data_report = read_run_data(config, tokenizer, display)
-        ro, buckets = config.rollout, config.data.prompt_buckets
-        data_digest = digest([ids for _, ids in problems])
+    display.say(describe(mesh))
+    processes.agree("tokenizer", {"vocabulary": digest(tokenizer.vocab())})
 
-        # --- Student and teacher ---------------------------------------------------------------
+    # --- Data ----------------------------------------------------------------------------------
+    problems, held_out, data_report = read_run_data(config, tokenizer, display)
+    ro, buckets = config.rollout, config.data.prompt_buckets
+    data_digest = digest([ids for _, ids in problems])
+
+    # --- Student and teacher -------------------------------------------------------------------
+    with processes.together():
         shapes = check_roles(config, sizes, tokenizer, meshes)
         job = (config, sizes, shapes, meshes)
         memory = MemoryCheck(*job).require(display)
@@ -89,8 +91,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         meter = Meter(*job, display)
     store = open_workdir(workdir, config, shapes["student"], tokenizer, data_report)
     start = store.latest_step()
-    same = {"data": data_digest, "checkpoint": str(start), "tokenizer": digest(tokenizer.vocab())}
-    processes.agree(str(workdir), same)
+    processes.agree(str(workdir), {"newest checkpoint": str(start)})
     teacher = reference = None
     if sizes.method.uses_teacher:
         model = decoder_of(config.teacher, shapes["teacher"])

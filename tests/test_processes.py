@@ -52,8 +52,12 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(workdir, cache, count=1, devices=8, changes=({},), variables=({},)):
-    """The command in `count` processes with `devices` devices each, found by hand."""
+def start(workdir, cache, count=1, devices=8, changes=({},), folders=(ROOT,)):
+    """The command in `count` processes with `devices` devices each, found by hand.
+
+    Args:
+      changes, folders: of each process; the last ones of those that follow as well.
+    """
     port, started = free_port(), []
     for index in range(count):
         settings = SETTINGS | {"cache_dir": str(cache)} | changes[min(index, len(changes) - 1)]
@@ -61,6 +65,7 @@ def start(workdir, cache, count=1, devices=8, changes=({},), variables=({},)):
         environment = os.environ | {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
+            "PYTHONPATH": str(ROOT),
         }
         if count > 1:
             environment |= {
@@ -68,7 +73,6 @@ def start(workdir, cache, count=1, devices=8, changes=({},), variables=({},)):
                 "JAX_NUM_PROCESSES": str(count),
                 "JAX_PROCESS_ID": str(index),
             }
-        environment |= variables[min(index, len(variables) - 1)]
         started.append(
             subprocess.Popen(
                 [
@@ -79,7 +83,7 @@ def start(workdir, cache, count=1, devices=8, changes=({},), variables=({},)):
                     f"--workdir={workdir}",
                     *flags,
                 ],
-                cwd=ROOT,
+                cwd=folders[min(index, len(folders) - 1)],
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
@@ -221,14 +225,28 @@ def test_processes_that_disagree_do_not_start(cache, alone, tmp_path):
     assert not workdir.exists()
 
 
-def test_data_that_is_missing_on_one_host_is_an_error_on_both(cache, alone, tmp_path):
-    data = tmp_path / "data.jsonl"
-    rows = [{"id": str(i), "problem": f"{i} + 1 =", "answer": str(i + 1)} for i in range(16)]
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    own = {"data.path": str(data), "data.task": "", "eval.every": 0}
-    said, codes = finish(start(tmp_path / "run", cache, 2, 2, ({**own, "micro_batch": 7}, own)))
-    assert codes == [2, 2]
-    assert all("micro_batch: 7" in text and "(process 0 = " in text for text in said)
+@pytest.mark.parametrize("fault", ["missing", "other"])
+def test_data_that_one_host_has_not_is_an_error_on_both(fault, cache, alone, tmp_path):
+    folders = [tmp_path / "0", tmp_path / "1"]
+    for host, folder in enumerate(folders):
+        folder.mkdir()
+        rows = [
+            {"id": str(i), "problem": f"{i} + {host} =", "answer": str(i + host)} for i in range(16)
+        ]
+        if fault == "other" or host == 0:
+            text = "".join(json.dumps(row) + "\n" for row in rows)
+            (folder / "data.jsonl").write_text(text)
+    own = {"data.path": "data.jsonl", "data.task": "", "data.task_args": "", "eval.every": 0}
+    own |= {f"{role}.sft.task": "arithmetic" for role in ("student", "teacher")}
+    model = {"student.path": str(alone), "student.sft.steps": 0}
+    started = start(tmp_path / "run", cache, 2, 2, (own | model,), folders=folders)
+    said, codes = finish(started, timeout=100)
+    assert codes == [2, 2], said
+    expected = {
+        "missing": "data.path: no file data.jsonl (process 1 = ",
+        "other": "has another set of training problems than the rest",
+    }
+    assert all(expected[fault] in text for text in said), said
 
 
 @pytest.mark.parametrize(

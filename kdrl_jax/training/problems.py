@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from kdrl_jax import processes
+from kdrl_jax.config import digest
 from kdrl_jax.data import (
     SentencePieceTokenizer,
     Tokenizer,
@@ -61,21 +63,28 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
       UserError: unreadable rows, nothing left after the filters, too few problems for a step.
     """
     data = config.data
-    parse_filters(data.filters)  # before anything is read or downloaded
     report: dict[str, Any] = {}
     wanted = config.eval.problems if config.eval.every else 0
-    if data.task:
-        draw = functools.partial(task_problems, data.task, seed=data.seed, args=data.task_args)
-        training = draw(data.size, split="train")
-        held_out = draw(wanted, split="test") if wanted else []
-    else:
-        training = _read(data.path, data, display, report, "training")
-        held_out = _read(data.eval_path, data, display, report, "held-out") if wanted else []
-    if data.filters:
-        length = functools.partial(_prompt_length, tokenizer=tokenizer, style=data.prompt_style)
-        training, filtered = apply_filters(training, data.filters, length)
-        display.say(str(filtered))
-        report["filters"] = filtered.to_dict()
+    with processes.together():
+        parse_filters(data.filters)  # before anything is read or downloaded
+        if data.task:
+            draw = functools.partial(task_problems, data.task, seed=data.seed, args=data.task_args)
+            training = draw(data.size, split="train")
+            held_out = draw(wanted, split="test") if wanted else []
+        else:
+            training = _read(data.path, data, display, report, "training")
+            held_out = _read(data.eval_path, data, display, report, "held-out") if wanted else []
+        if data.filters:
+            length = functools.partial(_prompt_length, tokenizer=tokenizer, style=data.prompt_style)
+            training, filtered = apply_filters(training, data.filters, length)
+            display.say(str(filtered))
+            report["filters"] = filtered.to_dict()
+    if processes.count() > 1:  # which from here on share the work
+        sets = {"set of training problems": training, "set of held-out problems": held_out}
+        processes.agree(
+            data.path or data.task,
+            {k: digest([(x.id, x.problem, x.answer) for x in found]) for k, found in sets.items()},
+        )
     source = data.path or data.task
     encoded = _encode(training, config, tokenizer, display, report, "training", source)
     if len(encoded) < config.rollout.prompts_per_step:
