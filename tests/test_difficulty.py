@@ -14,6 +14,7 @@ from kdrl_jax.data import SentencePieceTokenizer, apply_filters, load_problems, 
 from kdrl_jax.models import Decoder, ModelConfig, save_hf
 from kdrl_jax.rewards import last_boxed
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
+from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training import evaluation
 from kdrl_jax.training.roles import write_model_files
 from kdrl_jax.types import FINISH_LENGTH, UserError
@@ -98,7 +99,7 @@ def test_counts_are_those_of_each_problem_alone(tiny, measured):
     config = load_config(ROOT / "configs" / "base.py")
     assert config.rollout.top_p == 1.0
     policy = entry.find_policy(tiny / "toy")
-    mesh = entry.make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model, params, tokenizer = entry.load_policy(policy, mesh, "float32")
     engine = RolloutEngine(
         model, valid_vocab=tokenizer.size, prompt_buckets=(9,), max_new_tokens=10, mesh=mesh

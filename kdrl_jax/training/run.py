@@ -155,8 +155,8 @@ class Run:
         self._track.close()
         if self._writer:
             self._writer.close()
-        if not isinstance(error, JaxRuntimeError):  # else a save may wait for who is lost
-            self.store.close()
+        if processes.count() == 1 or not isinstance(error, JaxRuntimeError):
+            self.store.close()  # else a save may wait for a process that is lost
         self.stopping.__exit__()  # until here a second signal does no harm
         if error is not None and out_of_memory(error):
             # The state may have been donated: nothing can be saved any more.
