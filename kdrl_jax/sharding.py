@@ -261,6 +261,11 @@ def batch_parts(mesh: Any) -> int:
     return _axis_size(mesh, BATCH_AXES)
 
 
+def even_parts(mesh: Any, size: int) -> int:
+    """Into how many parts the mesh splits a batch of this size; 1 where it does not divide it."""
+    return batch_parts(mesh) if _divides(mesh, BATCH_AXES, size) else 1
+
+
 def put(tree: Any, sharding: Any) -> Any:
     """Arrays to devices, which may be those of several processes.
 

@@ -138,18 +138,15 @@ def _query_blocks(
     size = -(-count // blocks)
     size += size % 2  # which cuDNN asks for
 
-    def split(x: Array) -> Array:
-        x = kernels.pad_rows(x, blocks * size)
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
-
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(_: None, xs: tuple[Array, Array, Array]) -> tuple[None, Array]:
         queries, segments, index = xs
         return None, attend_block(queries, k, v, segments, segment_ids, index)
 
+    split = functools.partial(_split, blocks=blocks, size=size)
     index = jnp.pad(columns, (0, blocks * size - count)).reshape(blocks, size)
     out = jax.lax.scan(block, None, (split(q), split(query_segments), index))[1]
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], blocks * size, *q.shape[2:])[:, :count]
+    return _join(out, count)
 
 
 def _implementation(q: Float[Array, "R L N H"], k: Float[Array, "R L K H"]) -> str:
@@ -255,10 +252,7 @@ def _blockwise(
     blocks = -(-length // QUERY_BLOCK)
     ends = sorted({-(-blocks * (span + 1) // SPANS) for span in range(SPANS)})
 
-    def split(x: Array) -> Array:
-        x = kernels.pad_rows(x, blocks * QUERY_BLOCK)
-        return jnp.moveaxis(x.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
+    split = functools.partial(_split, blocks=blocks, size=QUERY_BLOCK)
     index = jnp.arange(blocks * QUERY_BLOCK).reshape(blocks, QUERY_BLOCK)
     queries = (split(q), split(segment_ids), index)
     done = []
@@ -273,8 +267,19 @@ def _blockwise(
 
         span = tuple(x[first:last] for x in queries)
         done.append(jax.lax.scan(block, None, span)[1])
-    out = jnp.moveaxis(jnp.concatenate(done), 0, 1)
-    return out.reshape(q.shape[0], blocks * QUERY_BLOCK, *q.shape[2:])[:, :length]
+    return _join(jnp.concatenate(done), length)
+
+
+def _split(x: Array, blocks: int, size: int) -> Array:
+    """`[R, L, …]` to `[blocks, R, size, …]`, zeros after column L."""
+    x = kernels.pad_rows(x, blocks * size)
+    return jnp.moveaxis(x.reshape(x.shape[0], blocks, size, *x.shape[2:]), 1, 0)
+
+
+def _join(x: Array, length: int) -> Array:
+    """The inverse of `_split`."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
 def _attend_block(

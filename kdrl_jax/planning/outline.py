@@ -16,7 +16,7 @@ from kdrl_jax.planning.shapes import device_bytes, floats, ints, number, results
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.rollout.decode import Slots
 from kdrl_jax.rollout.schedule import choose_window
-from kdrl_jax.sharding import batch_parts, placed, placed_batch, replicated
+from kdrl_jax.sharding import even_parts, placed, placed_batch, replicated
 from kdrl_jax.training.batch import Rows
 from kdrl_jax.training.learner import Learner, Weights, take_part
 from kdrl_jax.training.scoring import Scorer
@@ -152,8 +152,7 @@ class OutlineEngine(RolloutEngine):
     def lower_grow(self) -> jax.stages.Lowered:
         """The largest window but one to the largest."""
         slots = self._slots_of(self.seats, self.windows[-2])
-        parts = batch_parts(self.mesh)
-        parts = 1 if self.seats % parts else parts
+        parts = even_parts(self.mesh, self.seats)
         rows = placed(ints(parts, self.seats // parts), replicated(self.mesh))
         with jax.set_mesh(self.mesh):
             return self._fit.lower(slots, rows, window=self.windows[-1])

@@ -21,7 +21,7 @@ from kdrl_jax.rollout.schedule import (
     plan_batches,
     smaller_batch,
 )
-from kdrl_jax.sharding import batch_parts, put, put_batch, replicated
+from kdrl_jax.sharding import batch_parts, even_parts, put, put_batch, replicated
 from kdrl_jax.types import (
     FINISH_EOS,
     FINISH_LENGTH,
@@ -58,6 +58,32 @@ def finished_requests(
     chosen = np.flatnonzero(ends != UNFINISHED) if numbers is None else numbers
     keep = lengths - (ends == FINISH_EOS)
     return [Finished(int(n), tokens[n, : keep[n]]) for n in chosen]
+
+
+def as_rollouts(
+    prompts: Prompts, group: int, tokens: Any, log_probs: Any, lengths: Any, finish: Any
+) -> Rollouts:
+    """Host arrays of flat requests `[P·G, …]` as the rollouts of P problems."""
+
+    def of_groups(x: np.ndarray) -> np.ndarray:
+        return x.reshape(len(prompts.lengths), group, *x.shape[1:])
+
+    return Rollouts(
+        prompt_tokens=prompts.tokens,
+        prompt_lengths=prompts.lengths,
+        tokens=of_groups(tokens),
+        log_probs=of_groups(log_probs),
+        lengths=of_groups(lengths),
+        finish_reason=of_groups(finish),
+    )
+
+
+def tokens_seen(prompts: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"]) -> int:
+    """What all tokens of completions looked at: `DecodeStats.context`; both in tokens, int64.
+
+    The first one is drawn with the whole prompt in sight, each later one with one more.
+    """
+    return int((lengths * prompts + lengths * (lengths - 1) // 2).sum())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,30 +205,15 @@ class Call:
     def stats(self) -> DecodeStats:
         """What has been done so far."""
         prompts = np.repeat(self._prompts.lengths, self._group)
-
-        def seen(lengths: Int[np.ndarray, "n"]) -> int:
-            # The first token is drawn with the whole prompt in sight, each later one with one more.
-            return int((lengths * prompts + lengths * (lengths - 1) // 2).sum())
-
         before, now = self._before.astype(np.int64), self._lengths.astype(np.int64)
-        drawn, context = int((now - before).sum()), seen(now) - seen(before)
+        context = tokens_seen(prompts, now) - tokens_seen(prompts, before)
+        drawn = int((now - before).sum())
         return DecodeStats(self._steps, self._slot_steps, drawn, context)
 
     def rollouts(self) -> Rollouts:
         """The results so far."""
-        problems = len(self._prompts.lengths)
-
-        def of_groups(x: np.ndarray) -> np.ndarray:
-            return x.reshape(problems, self._group, *x.shape[1:])
-
-        return Rollouts(
-            prompt_tokens=self._prompts.tokens,
-            prompt_lengths=self._prompts.lengths,
-            tokens=of_groups(self._tokens),
-            log_probs=of_groups(self._log_probs),
-            lengths=of_groups(self._lengths),
-            finish_reason=of_groups(self._finish),
-        )
+        found = (self._tokens, self._log_probs, self._lengths, self._finish)
+        return as_rollouts(self._prompts, self._group, *found)
 
     def _admit(self) -> None:
         """Give free slots to waiting requests, as many as one prefill covers."""
@@ -268,8 +279,7 @@ class Call:
     @property
     def _parts(self) -> int:
         """Into how many parts the mesh splits the slots."""
-        parts = batch_parts(self._engine.mesh)
-        return 1 if len(self._seats.request) % parts else parts
+        return even_parts(self._engine.mesh, len(self._seats.request))
 
     def _fit(self, per_part: int, window: int) -> None:
         """So many slots on each device, first those in use, with so many columns of cache."""

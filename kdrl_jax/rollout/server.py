@@ -18,7 +18,13 @@ from jaxtyping import Int, PRNGKeyArray
 
 from kdrl_jax import processes
 from kdrl_jax.models import Decoder, save_hf
-from kdrl_jax.rollout.call import DecodeStats, Finished, finished_requests
+from kdrl_jax.rollout.call import (
+    DecodeStats,
+    Finished,
+    as_rollouts,
+    finished_requests,
+    tokens_seen,
+)
 from kdrl_jax.rollout.dialects import VLLM, Completion, Dialect, Drawing, Request, SGLang
 from kdrl_jax.rollout.schedule import longest_first
 from kdrl_jax.rollout.transport import Server
@@ -234,18 +240,8 @@ class _Found:
 
     def rollouts(self) -> Rollouts:
         """What there is so far."""
-
-        def of_groups(x: np.ndarray) -> np.ndarray:
-            return x.reshape(*self._shape, *x.shape[1:])
-
-        return Rollouts(
-            prompt_tokens=self._prompts.tokens,
-            prompt_lengths=self._prompts.lengths,
-            tokens=of_groups(self._tokens),
-            log_probs=of_groups(self._log_probs),
-            lengths=of_groups(self._lengths),
-            finish_reason=of_groups(self._finish),
-        )
+        found = (self._tokens, self._log_probs, self._lengths, self._finish)
+        return as_rollouts(self._prompts, self._shape[1], *found)
 
     def share(self) -> None:
         """Exchange the completions with the other processes, which have asked for theirs."""
@@ -267,5 +263,4 @@ class _Found:
         """Of the requests `numbers`, which were asked for."""
         lengths = self._lengths[numbers].astype(np.int64)
         prompts = self._prompts.lengths[numbers // self._shape[1]]
-        context = lengths * prompts + lengths * (lengths - 1) // 2
-        return DecodeStats(tokens=int(lengths.sum()), context=int(context.sum()))
+        return DecodeStats(tokens=int(lengths.sum()), context=tokens_seen(prompts, lengths))
