@@ -14,7 +14,13 @@ from pathlib import Path
 import pytest
 
 from kdrl_jax.rewards import Grader, grade, has_format, last_boxed
-from kdrl_jax.rewards.math_answer import clean, quick_verdict
+from kdrl_jax.rewards.math_answer import (
+    MAX_DEPTH,
+    clean,
+    quick_verdict,
+    too_deep,
+    without_unit,
+)
 from kdrl_jax.rewards.text_answer import same_text
 from kdrl_jax.types import OUTCOMES, Verdict
 
@@ -75,6 +81,8 @@ def test_has_format(text: str, expected: bool) -> None:
         ("$\\boxed 7$", "7"),
         ("\\boxed{3} \\boxedminipage{4}", "3"),
         ("\\boxed{ }", ""),
+        ("\\boxed(7)", None),
+        ("\\boxed{7} \\boxed[8]", None),
         ("\\boxed", None),
         ("boxed{1}", None),
         ("", None),
@@ -127,6 +135,14 @@ SAME = [
     ),
     ("3\\pi", "3π"), ("-5", "−5"),
     ("\\begin{pmatrix}1\\\\(2)\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    ("(-\\infty,3)", "x<3"), ("5", "５"), ("5", "٥"), ("10", "10 \\text{ square units}"),
+    ("\\alpha", "\\alpha+0"),
+    ("5", "5 inches"), ("5.1", "\\approx 5.1"), 
+    ("30^\\circ", "30 \\text{ degrees}"),
+    ("5", "2+3=5"),
+    ("\\frac{270}7\\text{ degrees}", "270/7"),
+    ("5.4 \\text{ cents}", "5.4"), ("2516_8", "2516"), ("5 \\text{ km}", "5 \\text{ kilometers}"),
+    ("5", "5_{10}"),
     ("2^{1000000}", "$2^{1000000}$."), ("\\{2^{1000000},x\\}", "\\{x,2^{1000000}\\}"),
 ]
 # fmt: on
@@ -141,6 +157,44 @@ DIFFERENT = [
     ("\\text{Evelyn}", "Bob"), ("listen", "silent"), ("even", "odd"), ("A", "B"), ("5", "five"),
     ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4\\end{pmatrix}", "\\begin{pmatrix}1&2\\\\3&5\\end{pmatrix}"),
     ("3", "3 + \\frac{1}{1000}"), ("5", "-5"),
+]
+
+# What a policy finds that is paid for matching, not for being right. Never "correct".
+TRICKS = [
+    ("1", "1,2,3,4"), ("1", "x=1 or x=2"), ("5", "5 or 7"), ("5", "5 \\text{ or } 7"),
+    ("5", "not 5"),
+    ("5", "\\neq 5"), ("5", "x \\neq 5"), ("5", "5 \\text{ is wrong}, 6"), ("5", "5 \\pm 1"),
+    ("5", "\\pm 5"),
+    ("5", "5 \\text{ but maybe } \\frac{7}{2}"), ("5", "6=5"), ("5", "7=6=5"), ("5", "x=5=6"),
+    ("5", "x=x"),
+    ("5", "\\square"), ("5", "\\text{answer}"), ("5", "answer"), ("5", "x"), ("5", "x<5"),
+    ("5", "\\text{True}"),
+    ("\\frac{1}{2}", "\\text{the value } \\frac{1}{2} \\text{ is false} &&&"),
+    ("5", "\\frac{0}{0}"),
+    ("\\frac{1}{2}", "\\begin{foo} \\frac{1}{3} \\frac{1}{2}"), ("3t", "3"), ("2h", "2"),
+    ("5", "5 m n"),
+    ("\\frac{1}{2}h", "\\frac12"), ("2d", "2"), ("5", "5 \\text{ hundred}"), ("5", "5 million"),
+    ("5", "5k"),
+    ("5 \\text{ km}", "5 \\text{ m}"), ("10^\\circ", "10 \\text{ radians}"),
+    ("\\$5", "5 \\text{ cents}"),
+    ("5 \\text{ cm}^2", "5 \\text{ cm}^3"), ("(1,2)", "\\{1,2\\}"), ("(1,2)", "[1,2]"),
+    ("[1,2]", "\\{1,2\\}"),
+    ("2516", "2516_8"), ("5", "5_3"), ("x", "x'"), ("f'(x)", "f(x)"), ("0", "nan"),
+    ("0", "\\emptyset"),
+    ("\\infty", "\\frac{1}{0}"), ("\\infty", "oo"), ("\\infty", "-\\infty"), ("5", "zoo"),
+    ("5", "None"),
+    ("\\sqrt{2}", "\\sqrt{2} \\approx 1"), ("\\sqrt{2}", "\\sqrt{2} \\ldots 1"), ("5", "5 \\sim 6"),
+    ("0", "0 \\text{ is wrong, it is } 1"), ("0", "0 \\text{ but not } x"),
+    ("5", "5 \\to 6"), ("5", "5 \\ldots 7"), ("5", "6 \\approx 5"), ("5", "5;6"), ("5", "5 6"),
+    ("56", "5 6"),
+    ("5", "answer: 5 6"), ("5", "final answer is 5"), ("5", "\\cancel{5} 6"), ("5", "\\lnot 5"),
+    ("5", "⁵"),
+    ("5", "Ⅴ"), ("5", "⑤"), ("5", "\\{5,6\\} \\cap \\{7\\}"), ("\\text{A}", "A,B"),
+    ("A", "\\text{A or B}"),
+    ("yes", "\\text{yes and no}"), ("x^2+y^2=1", "0=0"), ("x=1", "x=x"),
+    ("5", "5 \\text{ or so, perhaps } 6"),
+    ("5", "\\begin{cases} 5 \\\\ 6 \\end{cases}"), ("5", "5\\text{ (or }6)"), ("5", "(5,5)"),
+    ("x", "y+0"),
 ]
 # fmt: on
 
@@ -161,6 +215,42 @@ def test_different_answers_are_wrong(grader: Grader) -> None:
         if v != Verdict(0.0, "wrong")
     ]
     assert not passed
+
+
+def test_tricks_are_not_paid(grader: Grader) -> None:
+    gold, answers = zip(*TRICKS, strict=True)
+    verdicts = grader.grade([response(a) for a in answers], gold)
+    assert [t for t, v in zip(TRICKS, verdicts, strict=True) if v.reward] == []
+    assert {v.outcome for v in verdicts} == {"wrong", "unparsable"}
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("5 \\text{ cm}", "5"),
+        ("5 \\mathrm{cm}^{2}", "5"),
+        ("\\frac{1}{2} apples", "\\frac{1}{2}"),
+        ("3.5 km", "3.5"),
+        ("\\sqrt{2} \\text{ feet}", "\\sqrt{2}"),
+        ("3t", "3t"),
+        ("5 ab", "5 ab"),
+        ("5 pi", "5 pi"),
+        ("2x apples", "2x apples"),
+        ("5 \\text{ thousand}", "5 \\text{ thousand}"),
+        ("5 \\text{ or }", "5 \\text{ or }"),
+        ("\\text{cm}", "\\text{cm}"),
+        ("5 \\text{ a} \\text{ b}", "5 \\text{ a}"),
+        ("", ""),
+    ],
+)
+def test_units(text: str, left: str) -> None:
+    assert without_unit(text) == left
+
+
+def test_nesting() -> None:
+    assert not too_deep("(" * MAX_DEPTH + "x" + ")" * MAX_DEPTH)
+    assert too_deep("{[(" * MAX_DEPTH)
+    assert not too_deep("()" * 1000)
 
 
 def test_the_quick_verdict_leaves_algebra_alone() -> None:
@@ -235,7 +325,7 @@ def test_bad_arguments() -> None:
         ("7", "7/1", False),
         ("7", "", False),
         ("7", "9" * 5000, False),
-        ("٧", "7", False),
+        ("٧", "7", True),
     ],
 )
 def test_answers_as_text(gold: str, answer: str, equal: bool) -> None:
@@ -285,7 +375,7 @@ def evil_grader(tmp_path: Path, workers: int, timeout_s: float, script: str = EV
     """A grader whose workers call every answer correct, or misbehave as the answer says."""
     (tmp_path / "evil.py").write_text(script)
     grader = Grader(workers=workers, timeout_s=timeout_s)
-    grader._command = [sys.executable, str(tmp_path / "evil.py"), str(tmp_path / "flag")]
+    grader._supervisor.command = [sys.executable, str(tmp_path / "evil.py"), str(tmp_path / "flag")]
     return grader
 
 
@@ -338,7 +428,7 @@ def test_an_interrupted_call_leaves_no_stale_reply(tmp_path: Path, monkeypatch) 
     with evil_grader(tmp_path, workers=1, timeout_s=20.0) as grader:
         grader.grade([response("a+1")], ["x"])
         with monkeypatch.context() as patch:
-            patch.setattr(grader, "_collect", interrupt)
+            patch.setattr(grader._supervisor, "_collect", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 grader.grade([response("slow+1")], ["x"])
         assert not grader._pool

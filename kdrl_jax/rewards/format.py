@@ -7,9 +7,8 @@ import re
 THINK, END_THINK = "<think>", "</think>"
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
-_BOX_NAMES = ("\\boxed", "\\fbox")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
-_BARE = re.compile(r"[^\s$]+")
+_BARE = re.compile(r"(?![(\[])[^\s$]+")
 
 
 def has_format(text: str) -> bool:
@@ -52,12 +51,10 @@ def last_boxed(text: str) -> str | None:
     not count as braces. `\boxed 5`, without braces, gives the characters up to the next space or
     dollar sign.
     """
-    end = len(text)
-    while (start := max(text.rfind(name, 0, end) for name in _BOX_NAMES)) >= 0:
-        if box := _BOX.match(text, start):
-            return _content(text, box.end())
-        end = start  # a longer command, such as \boxedminipage
-    return None
+    box = None
+    for box in _BOX.finditer(text):  # noqa: B007 (the last one)
+        pass
+    return _content(text, box.end()) if box else None
 
 
 def _content(text: str, start: int) -> str | None:

@@ -1,48 +1,40 @@
 """Grading in worker processes that can be killed.
 
 math-verify runs SymPy on what a model wrote, which can hang, exhaust memory or crash; a task's own
-verifier is the user's code, which may do the same. Each worker
-is a fresh interpreter (never a fork of this one, which holds JAX's threads) running `worker.py`.
-One that exceeds the time limit is killed and replaced; no other task notices.
+verifier is the user's code, which may do the same. Each worker is a fresh interpreter (never a fork
+of this one, which holds JAX's threads) running `worker.py`; `supervisor` starts, times and replaces
+them. What is done in this process is linear in the response's length.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
-import dataclasses
 import functools
 import json
 import os
-import selectors
-import subprocess
 import sys
-import tempfile
 import threading
-import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from kdrl_jax.rewards.format import final_answer
-from kdrl_jax.rewards.math_answer import MAX_LENGTH, clean, quick_verdict
+from kdrl_jax.rewards.math_answer import (
+    MAX_LENGTH,
+    clean,
+    quick_verdict,
+    same_unit,
+    too_deep,
+    without_unit,
+)
+from kdrl_jax.rewards.supervisor import Counts, Request, Supervisor, kill_all
 from kdrl_jax.types import Outcome, UserError, Verdict
 
-STARTUP_S = 120.0  # imports on a busy machine with a cold disk
-START_ATTEMPTS = 3
-ATTEMPTS = 2  # of a comparison whose worker died: once may be bad luck
-WORKER_TASKS = 2000  # comparisons after which a worker is replaced: SymPy's caches only grow
 REMEMBERED = 10_000  # verdicts of earlier comparisons
-
-# One hash seed: SymPy's order of terms, and so a verdict, does not vary between runs. A task's
-# module may import JAX, but no worker takes a share of the accelerators.
-ENVIRONMENT = {"PYTHONHASHSEED": "0", "SYMPY_GROUND_TYPES": "python", "JAX_PLATFORMS": "cpu"}
-
-Pair = tuple[str, ...]
-"""What a worker is asked: the gold answer, the answer and, for a task's verifier, meta as JSON."""
+MAX_BOX = 10 * MAX_LENGTH  # characters of a box that are still looked at
+MAX_WAITING = 256  # calls of `submit` that may wait; one more waits for the first to be done
 
 Verifier = Callable[[str, str, dict[str, Any]], bool]
 """(answer from the box, gold answer, the problem's meta) -> whether the answer is right."""
@@ -65,7 +57,9 @@ class Grader:
         """
         Args:
           workers: most processes at a time, 1 or more.
-          timeout_s: wall-clock seconds for one comparison, not counting a worker's start.
+          timeout_s: wall-clock seconds for one comparison from hand-over to reply, a hard limit. A
+            worker's start is not counted. What is slow to compare may thus time out on a busy
+            machine alone, the one outcome that can vary; it is asked again the next time.
           require_format: a response that lacks the format (`has_format`) is not graded further.
           verify: judges the answer in the box. None: mathematical equivalence. A function: called
             in this process, so it must be quick whatever it is given. 'module:attribute': imported
@@ -83,13 +77,16 @@ class Grader:
         self._command.append(str(timeout_s))
         if isinstance(verify, str):
             self._command += [verify, json.dumps([os.path.abspath(folder) for folder in sys.path])]
-        self._pool: list[_Worker] = []
-        self._known: collections.OrderedDict[Pair, Outcome] = collections.OrderedDict()
-        self._failed_starts = 0
-        self._warned = False
+        needed = verify if isinstance(verify, str) else "math-verify"
+        self._supervisor = Supervisor(
+            self._command, workers, timeout_s, needed, secrets=isinstance(verify, str)
+        )
+        self._pool = self._supervisor.workers
+        self._known: collections.OrderedDict[Request, Outcome] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._background: ThreadPoolExecutor | None = None
-        self._finalizer = weakref.finalize(self, _kill, self._pool)
+        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
+        self._finalizer = weakref.finalize(self, kill_all, self._pool)
 
     def __enter__(self) -> Grader:
         return self
@@ -98,12 +95,23 @@ class Grader:
         self.close()
 
     def close(self) -> None:
-        """End the workers. Grading again would start new ones."""
+        """End the workers, and with CancelledError what is being graded and what waits.
+
+        Grading again would start new workers.
+        """
+        self._supervisor.stop()
         if self._background:
             self._background.shutdown(cancel_futures=True)
             self._background = None
         with self._lock:
-            _kill(self._pool)
+            kill_all(self._pool)
+            self._supervisor.resume()
+
+    def take_counts(self) -> Counts:
+        """What the worker processes have done since the last call."""
+        with self._lock:
+            counts, self._supervisor.counts = self._supervisor.counts, Counts()
+        return counts
 
     def grade(
         self,
@@ -127,13 +135,14 @@ class Grader:
           ValueError: the lengths differ.
           UserError: a meta that is not JSON, where a worker needs it.
           RuntimeError: workers do not start; the message ends with what they wrote.
+          CancelledError: `close` was called meanwhile.
         """
         metas = [{}] * len(answers) if metas is None else metas
         if not len(responses) == len(answers) == len(metas):
             counts = f"{len(responses)} responses but {len(answers)} answers and {len(metas)} metas"
             raise ValueError(counts)
         outcomes: list[Outcome | None] = []
-        pairs: dict[int, Pair] = {}
+        pairs: dict[int, Request] = {}
         for i, (response, gold, meta) in enumerate(zip(responses, answers, metas, strict=True)):
             if self.verify is None:
                 outcome, pair = _decide(response, gold, self.require_format)
@@ -155,204 +164,64 @@ class Grader:
         answers: Sequence[str],
         metas: Sequence[dict[str, Any]] | None = None,
     ) -> Future[list[Verdict]]:
-        """`grade` beside whatever the caller does meanwhile; in the order of the calls."""
+        """`grade` beside whatever the caller does meanwhile; in the order of the calls.
+
+        At most MAX_WAITING calls wait; the next one blocks until the first of them is done.
+        """
         if self._background is None:
             self._background = ThreadPoolExecutor(1, "grader")
-        return self._background.submit(self.grade, responses, answers, metas)
+        self._waiting.acquire()
+        try:
+            job = self._background.submit(self.grade, responses, answers, metas)
+        except BaseException:
+            self._waiting.release()
+            raise
+        job.add_done_callback(lambda _: self._waiting.release())
+        return job
 
-    def _verify(self, pairs: Iterable[Pair]) -> dict[Pair, Outcome]:
-        """Outcomes of different pairs by worker processes."""
-        done: dict[Pair, Outcome] = {}
-        todo: collections.deque[_Task] = collections.deque()
+    def _verify(self, pairs: Iterable[Request]) -> dict[Request, Outcome]:
+        """Outcomes of different pairs: remembered, or by worker processes."""
+        done: dict[Request, Outcome] = {}
+        new = []
         for pair in pairs:
             if pair in self._known:
                 done[pair] = self._known[pair]
                 self._known.move_to_end(pair)
             else:
-                todo.append(_Task(pair))
-        try:
-            while todo or any(worker.task for worker in self._pool):
-                self._assign(todo)
-                for task, outcome in self._collect(todo):
-                    done[task.pair] = outcome
-                    if outcome != "timeout":  # the machine may have been busy: try again next time
-                        self._known[task.pair] = outcome
-        except BaseException:
-            _kill(self._pool)  # replies still under way must not meet the next call
-            raise
+                new.append(pair)
+        asked = self._supervisor.ask(new)
+        # Not a timeout: the machine may have been busy, so try again next time.
+        self._known.update((p, o) for p, o in asked.items() if o != "timeout")
         while len(self._known) > REMEMBERED:
             self._known.popitem(last=False)
-        return done
-
-    def _assign(self, todo: collections.deque[_Task]) -> None:
-        """Give waiting tasks to idle workers, starting workers as far as they are needed."""
-        for worker in [w for w in self._pool if not w.task and w.tasks_done >= WORKER_TASKS]:
-            self._drop(worker)
-        idle = [worker for worker in self._pool if worker.ready and not worker.task]
-        for worker in idle:
-            if todo:
-                task = todo.popleft()
-                if not worker.send(task, self.timeout_s):
-                    todo.appendleft(task)
-                    self._drop(worker)
-        starting = sum(not worker.ready for worker in self._pool)
-        while starting < len(todo) and len(self._pool) < self.workers:
-            self._pool.append(_Worker(self._command))
-            starting += 1
-
-    def _collect(self, todo: collections.deque[_Task]) -> list[tuple[_Task, Outcome]]:
-        """Wait for the next event; finished tasks. Crashed ones go back to the queue once."""
-        finished: list[tuple[_Task, Outcome]] = []
-        watched = [worker for worker in self._pool if worker.task or not worker.ready]
-        if not watched:
-            return finished
-        with selectors.DefaultSelector() as selector:
-            for worker in watched:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
-            now = time.monotonic()
-            wait = max(0.0, min(worker.deadline for worker in watched) - now)
-            events = selector.select(wait)
-        for key, _ in events:
-            worker = key.data
-            message, alive = worker.receive()
-            if message is not None and not worker.ready:
-                worker.ready, worker.hello, worker.deadline = True, message, float("inf")
-                self._failed_starts = 0
-            elif message is not None and worker.task:
-                outcome, _, error = message.partition(": ")
-                if error and not self._warned:
-                    self._warned = True
-                    warnings.warn(f"{self.verify} raised {error}", RuntimeWarning, stacklevel=2)
-                finished.append((worker.task, outcome))
-                worker.task, worker.deadline = None, float("inf")
-                worker.tasks_done += 1
-            elif not alive and worker.ready:
-                task = worker.task
-                self._drop(worker)
-                if task and task.attempts < ATTEMPTS:
-                    todo.append(task)
-                elif task:
-                    finished.append((task, "unparsable"))
-            elif not alive:
-                self._start_failed(worker, "ended")
-        now = time.monotonic()
-        for worker in [w for w in self._pool if w.deadline <= now]:
-            if worker.ready and worker.task:
-                finished.append((worker.task, "timeout"))
-                self._drop(worker)
-            else:
-                self._start_failed(worker, f"was not ready after {STARTUP_S:.0f} s")
-        return finished
-
-    def _start_failed(self, worker: _Worker, what: str) -> None:
-        self._failed_starts += 1
-        said = worker.said()
-        self._drop(worker)
-        if self._failed_starts >= START_ATTEMPTS:
-            self._failed_starts = 0
-            needed = self.verify if isinstance(self.verify, str) else "math-verify"
-            raise RuntimeError(
-                f"a verification process {what} before its first task; can {sys.executable} "
-                f"import {needed}? It wrote:\n{said}"
-            )
-
-    def _drop(self, worker: _Worker) -> None:
-        self._pool.remove(worker)
-        worker.kill()
+        return done | asked
 
 
-@dataclasses.dataclass
-class _Task:
-    pair: Pair
-    attempts: int = 0
-
-
-class _Worker:
-    """One process: starting (not ready), idle (ready, no task) or busy (task, deadline)."""
-
-    def __init__(self, command: list[str]):
-        self.ready = False
-        self.hello: Any = None
-        self.task: _Task | None = None
-        self.tasks_done = 0
-        self.deadline = time.monotonic() + STARTUP_S
-        self._buffer = b""
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        # An own session: Ctrl-C in the terminal is for the trainer, which ends its workers itself.
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            bufsize=0,
-            start_new_session=True,
-            env={**os.environ, **ENVIRONMENT},
-        )
-
-    @property
-    def replies(self) -> IO[bytes]:
-        assert self.process.stdout is not None
-        return self.process.stdout
-
-    def send(self, task: _Task, timeout_s: float) -> bool:
-        """Hand over a task; False if the process is gone."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(task.pair).encode() + b"\n")
-        except OSError:
-            return False
-        task.attempts += 1
-        self.task, self.deadline = task, time.monotonic() + timeout_s
-        return True
-
-    def receive(self) -> tuple[Any, bool]:
-        """The next whole message, or None, and whether the process still writes."""
-        data = os.read(self.replies.fileno(), 1 << 16)
-        self._buffer += data
-        line, newline, rest = self._buffer.partition(b"\n")
-        if not newline:
-            return None, bool(data)
-        self._buffer = rest
-        return json.loads(line), True
-
-    def said(self) -> str:
-        """The end of what the process wrote to stderr."""
-        self._errors.seek(0)
-        return self._errors.read()[-2000:].decode(errors="replace").strip()
-
-    def kill(self) -> None:
-        self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self._errors):
-            with contextlib.suppress(OSError):
-                stream and stream.close()
-
-
-def _kill(pool: list[_Worker]) -> None:
-    while pool:
-        pool.pop().kill()
-
-
-def _decide(response: str, gold: str, require_format: bool) -> tuple[Outcome | None, Pair]:
+def _decide(response: str, gold: str, require_format: bool) -> tuple[Outcome | None, Request]:
     """The outcome as far as it needs no worker, else None and what to compare."""
     boxed = final_answer(response, require_format=require_format)
     if boxed is None and require_format:
-        return "format", ("", "")
-    answer = clean(boxed or "")
+        return "format", ()
+    if not boxed or len(boxed) > max(MAX_BOX, 2 * len(gold)):
+        return "unparsable", ()
+    answer, wanted = clean(boxed), clean(gold)
     if not answer:
-        return "unparsable", ("", "")
-    gold = clean(gold)
-    equal = quick_verdict(gold, answer)
+        return "unparsable", ()
+    if not same_unit(gold, boxed):
+        return "wrong", ()
+    equal = quick_verdict(wanted, answer)
     if equal is None:
-        return None, (gold, answer)
+        if too_deep(answer):
+            return "unparsable", ()
+        return None, (without_unit(wanted), without_unit(answer))
     if not equal and len(answer) > MAX_LENGTH:
-        return "unparsable", ("", "")
-    return "correct" if equal else "wrong", ("", "")
+        return "unparsable", ()
+    return "correct" if equal else "wrong", ()
 
 
 def _ask(
     verify: Verifier | str, response: str, gold: str, meta: dict[str, Any], require_format: bool
-) -> tuple[Outcome | None, Pair]:
+) -> tuple[Outcome | None, Request]:
     """The outcome by a task's verifier, or None and what to ask it in a worker."""
     answer = final_answer(response, require_format=require_format)
     if answer is None and require_format:

@@ -9,6 +9,9 @@ Told a verifier's name, it asks that function instead: `[gold, answer, meta]` ->
 
 math-verify's own timeouts stay off: they need SIGALRM, which does not interrupt long C calls. The
 parent kills this process instead. Everything here is therefore free to hang or to die.
+
+For mathematics the process is locked once the grammar is loaded (`lock`): SymPy reads every number
+with `eval`, so what else might reach an `eval` must find nothing that it could do.
 """
 
 from __future__ import annotations
@@ -28,6 +31,23 @@ from collections.abc import Callable
 from typing import Any
 
 MEMORY_BYTES = 4 << 30
+STDERR_BYTES = 1 << 20  # the only file that a worker may write
+PACKAGES = frozenset({"antlr4", "latex2sympy2_extended", "math_verify", "mpmath", "sympy"})
+# What SymPy, dataclasses and named tuples compile while they work; numbers are all that comes from
+# the text of an answer.
+COMPILED = re.compile(
+    r"from sympy import \*|Integer \(\d+ \)|Float \('[\d.]+' \)|Symbol|Expr"
+    r"|def (?:monomial_\w+|__create_fn__)\(.*|lambda _cls, [\w, ]+: _tuple_new\(.*",
+    re.ASCII | re.DOTALL,
+)
+FOREIGN = frozenset({"ctypes", "_ctypes", "socket", "_socket", "_posixsubprocess", "mmap", "pty"})
+DENIED = (
+    *("os.", "subprocess.", "socket.", "ctypes.", "shutil.", "pty.", "mmap.", "pathlib.", "glob."),
+    *("fcntl.", "signal.", "sqlite3.", "tempfile.", "webbrowser.", "urllib.", "http.", "gc."),
+    *("sys.addaudithook", "sys.settrace", "sys.setprofile", "code.__new__", "cpython."),
+)
+"""How audit events begin that end the process."""
+FORBIDDEN = 86  # its exit code
 MAX_DIGITS = 1e5  # of a number that is still evaluated
 MAX_NODES = 5000  # of an expression that is still looked at
 
@@ -50,6 +70,56 @@ def limit_cpu(seconds: float) -> None:
         until = math.ceil(used.ru_utime + used.ru_stime + seconds) + 1
         _, hard = resource.getrlimit(resource.RLIMIT_CPU)
         resource.setrlimit(resource.RLIMIT_CPU, (until, hard))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def lock() -> None:
+    """From here on the process reads and writes its two pipes and computes, and nothing else.
+
+    A second wall behind the grammar, not a sandbox: the audit hook ends the process at files, other
+    programs, the network and foreign code, and `compile` of anything unusual fails.
+    """
+    folders = tuple(os.path.join(os.path.realpath(f), "") for f in sys.path if f)
+    known = PACKAGES | (sys.stdlib_module_names - FOREIGN)
+    written = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+    end, real, join = os._exit, os.path.realpath, os.path.join
+
+    def inside(path: Any) -> bool:
+        return isinstance(path, str) and join(real(path), "").startswith(folders)
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in ("open", "os.listdir", "os.scandir"):
+            if not inside(args[0]) or (event == "open" and (args[2] or 0) & written):
+                end(FORBIDDEN)
+        elif event == "import":
+            if args[0].partition(".")[0] not in known:
+                raise ImportError(f"{args[0]} is not for a verification process")
+        elif event == "compile":
+            source, name = args
+            text = source.decode(errors="replace") if isinstance(source, bytes) else source
+            if not (isinstance(name, str) and os.path.isabs(name) and inside(name)) and not (
+                isinstance(text, str) and COMPILED.fullmatch(text.strip())
+            ):
+                raise ValueError("only numbers are compiled here")
+        elif event.startswith(DENIED):
+            end(FORBIDDEN)
+
+    sys.addaudithook(hook)
+
+
+def limit_files() -> None:
+    """No new processes, no more open files, no large files, where the system can forbid them."""
+    try:
+        import resource
+
+        for what, most in (
+            (resource.RLIMIT_FSIZE, STDERR_BYTES),
+            (resource.RLIMIT_NOFILE, 16),
+            (resource.RLIMIT_NPROC, 0),
+            (resource.RLIMIT_CORE, 0),
+        ):
+            resource.setrlimit(what, (most, most))
     except (ImportError, OSError, ValueError):
         pass
 
@@ -81,13 +151,27 @@ def read(text: str) -> list[Any]:
     Only the LaTeX grammar is used: math-verify's other reader passes text to SymPy's `parse_expr`,
     which evaluates Python.
     """
-    from math_verify import LatexExtractionConfig, parse
+    from math_verify import parse
 
     found = []
     for form in dict.fromkeys((scientific(text), text)):
+        # The first match alone: it is the box. Further ones would be fractions or brackets picked
+        # out of a text that as a whole means something else, or nothing.
         boxed = f"\\boxed{{{form}}}"
-        found += parse(boxed, [LatexExtractionConfig(boxed_match_priority=0)], parsing_timeout=None)
+        found += parse(boxed, [extraction()], extraction_mode="first_match", parsing_timeout=None)
     return found
+
+
+@functools.cache
+def extraction() -> Any:
+    """How math-verify is to read; units were dealt with before (`math_answer.without_unit`)."""
+    from latex2sympy2_extended import NormalizationConfig
+    from math_verify import LatexExtractionConfig
+
+    norm = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="last"
+    )
+    return LatexExtractionConfig(boxed_match_priority=0, normalization_config=norm)
 
 
 def scientific(text: str) -> str:
@@ -100,7 +184,9 @@ def equal(gold: Any, answer: Any) -> bool:
     from math_verify import verify
 
     try:
-        return verify(gold, answer, timeout_seconds=None) and not tiny_but_different(gold, answer)
+        same = verify(gold, answer, allow_set_relation_comp=True, timeout_seconds=None)
+        same = same or is_symbol_in_disguise(gold, answer)
+        return same and not tiny_but_different(gold, answer) and not contradictory(answer)
     except MemoryError:
         os._exit(1)  # what was allocated may not be coherent any more
     except Exception:
@@ -113,6 +199,28 @@ def tiny_but_different(gold: Any, answer: Any) -> bool:
         return False
     g, a = complex(gold.doit().evalf()), complex(answer.doit().evalf())
     return max(abs(g), abs(a)) < 1e-3 and abs(g - a) > 1e-5 * max(abs(g), abs(a))
+
+
+def is_symbol_in_disguise(gold: Any, answer: Any) -> bool:
+    """Whether `answer` is, say, x + 0 for x: math-verify compares symbols by name alone."""
+    if not (getattr(gold, "is_Symbol", False) and getattr(answer, "free_symbols", None) == {gold}):
+        return False
+    return bool(getattr(answer, "is_Add", False) or getattr(answer, "is_Mul", False)) and bool(
+        (answer - gold).simplify().is_zero
+    )
+
+
+def contradictory(answer: Any) -> bool:
+    """Whether it states that two different numbers are equal, such as 6 = 5, read as 5."""
+    from math_verify import verify
+
+    steps = getattr(answer, "_unsorted_args", None) or [answer]
+    return any(
+        type(step).__name__ == "Equality"
+        and all(getattr(side, "is_number", False) for side in step.args)
+        and not verify(*step.args, timeout_seconds=None)
+        for step in steps
+    )
 
 
 def too_large(expression: Any) -> bool:
@@ -136,7 +244,7 @@ def too_large(expression: Any) -> bool:
             x = e.args[1]
             size = math.log10(abs(x.p) / x.q) if x.is_Rational and x.p else inside[1]
             total = max(inside[0], 0.3) * power_of_ten(size)
-        elif "factorial" in name:
+        elif "factorial" in name or name == "gamma":
             total = power_of_ten(max(inside)) * max(max(inside), 1)
         else:
             total = sum(inside)
@@ -183,12 +291,16 @@ def main() -> None:
         reply = functools.partial(ask, load_verifier(sys.argv[2], json.loads(sys.argv[3])))
     else:
         no_gmpy()
+        sys.dont_write_bytecode = True
         compare("\\frac{1}{2}", "0.5+x")  # loads the grammar before the clock of a request runs
         from sympy.external.gmpy import GROUND_TYPES
 
         hello["ground_types"] = GROUND_TYPES
+        limit_files()
     hello["modules"] = sorted(n for n, module in sys.modules.items() if module and "." not in n)
     print(json.dumps(hello), file=replies, flush=True)
+    if reply is compare:
+        lock()
     for line in requests:
         limit_cpu(timeout_s)
         print(json.dumps(reply(*json.loads(line))), file=replies, flush=True)
