@@ -53,6 +53,12 @@ def get_config() -> ConfigDict:
     c.seed = 0
     c.steps = 280  # rollout batches; each makes mini_batches · epochs updates
     c.cache_dir = "runs/cache"  # warmed-up models and compiled programs; shared by runs
+    # True: nothing is asked of the network: hf:// data from the hub's cache alone, a rollout server
+    # on this machine alone, and any other connection that Python makes is an error.
+    c.offline = False
+    # True: slower, and stops at the first thing that is not as it should be: NaN where it arises,
+    # records that break their invariants between two phases, arrays of another shape than declared.
+    c.debug = False
 
     # --- the objective: J = J_policy − β·D(student‖teacher) -----------------------------------
     # kdrl | grpo (no teacher loaded) | kd_rkl (no policy term) | reward_shaping (rewards minus
@@ -177,6 +183,33 @@ def get_config() -> ConfigDict:
     # GiB of each device that a run may plan with; what does not fit is refused before the start.
     # 0: what the devices report, or on CPU their share of the machine's memory.
     c.memory_gib = 0.0
+
+    # --- health: watches over a run, in words when they trip -----------------------------------
+    # Each compares a moving average with a threshold; 0 turns one off. benchmarks/RELIABILITY.md
+    # has healthy runs, in which none trips, and failing ones, with what trips in them.
+    c.health = ConfigDict()
+    # Those that end the run, with a checkpoint and exit code 3: names of
+    # kdrl_jax.training.health.WATCHES, or ("all",). Otherwise they are only said and counted.
+    c.health.stop = ()
+    c.health.window = 10  # steps of the average; no watch but nonfinite trips before
+    # nonfinite: an update whose loss or gradient is not finite is skipped; after so many steps in
+    # a row the run ends. 0: never.
+    c.health.max_skipped = 3
+    c.health.reward_frac = 0.6  # reward_collapse: mean reward below this share of its best
+    # accuracy_drop: an evaluation below this share of the best; noisy where eval.problems are few
+    c.health.accuracy_frac = 0.75
+    c.health.length_factor = 2.0  # length_explosion: over so many times the mean of 50 steps
+    c.health.length_frac = 0.5  # length_collapse: below this share of the first steps' length
+    c.health.truncated_frac = 0.5  # truncation: share of responses cut at the limit
+    c.health.entropy_frac = 0.1  # entropy_collapse: below this share of the first steps' entropy
+    c.health.repetition_frac = 0.25  # repetition: share of responses cut while looping
+    c.health.kl_factor = 1.5  # kl_blowup: KL(student‖teacher) over so many times the first steps'
+    c.health.mismatch_kl = 0.05  # mismatch: KL(sampler‖trainer), nats per token
+    c.health.no_signal_frac = 0.95  # no_signal: share of groups whose rewards are all equal
+    # teacher_ignored: shuffling the teacher's log-probs changes less than this share of the
+    # gradient. Measured every so many steps, and at the first; takes the time of two updates.
+    c.health.teacher_effect = 1e-5
+    c.health.teacher_every = 100
 
     # --- evaluation, checkpoints, logs ---------------------------------------------------------
     c.eval = ConfigDict()

@@ -11,6 +11,7 @@ measured 0.94 at 8K tokens against 0.92 for KDRL and 0.76 for GRPO.
 
 from configs.base import get_config as base
 from configs.shapes import QWEN3_0_6B, QWEN3_8B
+from configs.sources import SKYWORK
 
 VARIANTS = {
     "8k": {"rollout.max_new_tokens": 8192},
@@ -19,7 +20,7 @@ VARIANTS = {
     "straight_through": {"trrd.clamp_gradient": "straight_through"},
     "math": {
         "data.task": "",
-        "data.path": "hf://Skywork/Skywork-OR1-RL-Data?file=data/math-*.parquet",
+        "data.path": SKYWORK,
         "data.on_bad": "drop",
         "data.prompt_style": "kdrl",
         "data.max_prompt_tokens": 2048,

@@ -11,6 +11,7 @@ multi-GPU host. Not run yet at this scale; no time or result is claimed.
 
 from configs.base import get_config as base
 from configs.shapes import R1_DISTILL_QWEN_1_5B
+from configs.sources import DEEPSCALER
 
 
 def get_config():
@@ -21,6 +22,6 @@ def get_config():
     c.reference_coef = 1e-3
     c.steps = 500
     c.rollout.max_new_tokens = 8192
-    c.data.path = "hf://agentica-org/DeepScaleR-Preview-Dataset?file=deepscaler.json"
+    c.data.path = DEEPSCALER
     c.data.on_bad = "drop"
     return c

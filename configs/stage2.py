@@ -17,6 +17,7 @@ on average over six benchmarks against 54.6 for GRPO.
 
 from configs.base import get_config as base
 from configs.shapes import QWEN25_32B, R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
+from configs.sources import SKYWORK
 from kdrl_jax.data.filters import STAGE2_FILTERS
 
 _CONSTANT = {"beta.schedule": "constant", "beta.init": 2e-3}
@@ -49,7 +50,7 @@ def get_config():
     c.student.shape.update(R1_DISTILL_QWEN_1_5B)
     c.teacher.shape.update(R1_DISTILL_QWEN_7B)
     c.eval.samples = 16
-    c.data.path = "hf://Skywork/Skywork-OR1-RL-Data?file=data/math-*.parquet"
+    c.data.path = SKYWORK
     c.data.on_bad = "drop"
     c.data.filters = STAGE2_FILTERS
     return c

@@ -12,6 +12,7 @@ against 31.3 for GRPO and 30.8 for KD-RKL.
 
 from configs.base import get_config as base
 from configs.shapes import QWEN25_3B, QWEN25_7B
+from configs.sources import SKYWORK
 from kdrl_jax.data.filters import ZERO_RL_STUDENT_FILTERS
 
 VARIANTS = {
@@ -29,7 +30,7 @@ def get_config():
     c.beta.init = 2e-1
     c.beta.min = 2e-3
     c.beta.delta = 8e-4
-    c.data.path = "hf://Skywork/Skywork-OR1-RL-Data?file=data/math-*.parquet"
+    c.data.path = SKYWORK
     c.data.on_bad = "drop"
     c.data.filters = ZERO_RL_STUDENT_FILTERS
     c.data.prompt_style = "zero_rl"

@@ -187,6 +187,7 @@ def test_export_carries_tokenizer_and_end_tokens(folder, tmp_path):
         "model.safetensors",
         "tokenizer.json",
         "chat_template.jinja",
+        "SHA256SUMS",
     }
     assert load_eos_ids(out) == (3, 5)
     assert json.loads((out / "config.json").read_text())["pad_token_id"] == 0

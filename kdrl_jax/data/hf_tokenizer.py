@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,12 @@ from kdrl_jax.types import UserError
 
 # Beside the tokenizer's own: it names the ids that end a response.
 FILES = (*TOKENIZER_FILES, "generation_config.json")
+
+
+TEMPLATE_S = 10.0
+"""For a chat template to render; a model's takes milliseconds."""
+TEMPLATE_MOST = 1_000_000
+"""Characters that a chat template may add to the messages."""
 
 
 class HFTokenizer:
@@ -91,11 +100,19 @@ class HFTokenizer:
                 "use 'plain', or add chat_template.jinja"
             )
         try:
-            return self._tok.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except (TemplateError, ValueError) as error:
-            raise UserError(f"{self.folder}: the chat template fails: {error}; mend it") from error
+            # In jinja2's sandbox: no attribute that leads to Python, nothing changed.
+            with _time_limit(TEMPLATE_S):
+                text = self._tok.apply_chat_template(
+                    list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            if len(text) > TEMPLATE_MOST + 2 * sum(len(m["content"]) for m in messages):
+                raise ValueError(f"it makes {len(text):,} characters of these messages")
+            return text
+        except (TemplateError, ValueError, ArithmeticError, LookupError) as error:
+            reason = str(error)
+        except (AttributeError, TypeError, MemoryError, RecursionError, _TooLong) as error:
+            reason = f"{type(error).__name__.strip('_')} {error}".rstrip()
+        raise UserError(f"{self.folder}: the chat template fails: {reason[:300]}; mend it")
 
     def _end_of_turn(self) -> list[int]:
         """The special token that the chat template puts behind an assistant's turn, if any."""
@@ -112,6 +129,31 @@ class HFTokenizer:
         first = self.encode(behind.lstrip())[:1] if found else []
         added = self._tok.added_tokens_decoder
         return [i for i in first if i in added and added[i].special]
+
+
+class _TooLong(BaseException):
+    """Not an Exception, so that nothing on the way takes it for its own."""
+
+
+@contextlib.contextmanager
+def _time_limit(seconds: float) -> Iterator[None]:
+    """End what runs within by `_TooLong`; in the main thread, for only there can it be done."""
+    if threading.current_thread() is not threading.main_thread() or signal.getitimer(
+        signal.ITIMER_REAL
+    ) != (0.0, 0.0):
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise _TooLong(f"not done after {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _read(folder: Path) -> Any:
@@ -132,7 +174,8 @@ def _read(folder: Path) -> Any:
     whole = (folder / "tokenizer.json").is_file()
     kind = PreTrainedTokenizerFast if whole else AutoTokenizer
     try:
-        return kind.from_pretrained(str(folder), local_files_only=True)
+        # Code that a folder brings along is not run, and nobody is asked whether it may.
+        return kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # the Rust library raises bare Exceptions
         reason = " ".join(str(error).split())[:200]
         raise UserError(

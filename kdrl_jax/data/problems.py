@@ -28,6 +28,13 @@ class ReadReport:
     """The first bad rows, 'FILE:LINE: what is wrong; remedy'."""
     notes: Mapping[str, int]
     """What was changed in how many rows."""
+    commit: str = ""
+    """Of the hub's repository that was read; "" where it is not known, or there is none."""
+
+    @property
+    def unpinned(self) -> bool:
+        """Whether another day may give another data set."""
+        return bool(self.commit) and self.commit not in self.path
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.kept} problems"]
@@ -36,6 +43,11 @@ class ReadReport:
             lines += [f"  {line}" for line in self.listed]
             if self.bad > len(self.listed):
                 lines.append(f"  and {self.bad - len(self.listed)} more")
+        if self.unpinned:
+            joint = "&" if "?" in self.path else "?"
+            lines.append(
+                f"  unpinned: this is {self.commit}; add {joint}revision={self.commit} to repeat it"
+            )
         return "\n".join(lines + [f"  {count} {what}" for what, count in self.notes.items()])
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +84,9 @@ def read_problems(
     listed: list[str] = []
     bad = 0
     notes: Counter[str] = Counter()
+    commits = set()
     for source in open_sources(path):
+        commits.add(source.commit)
         for number, row in source.rows:
             try:
                 if isinstance(row, BadRow):
@@ -88,7 +102,8 @@ def read_problems(
     if not found:
         said = listed or [f"{path}: holds no problems; give a file with one JSON object a line"]
         raise UserError(*said)
-    return found, ReadReport(str(path), len(found), bad, tuple(listed), dict(notes))
+    commit = commits.pop() if len(commits) == 1 else ""
+    return found, ReadReport(str(path), len(found), bad, tuple(listed), dict(notes), commit)
 
 
 def _problem(row: Any, fields: Mapping[str, str], default_id: str, notes: Counter[str]) -> Problem:

@@ -6,8 +6,9 @@
     hf://owner/name?split=train&config=…    a split of a data set on the hub ('train' by default)
     hf://owner/name?file=data/math-*.parquet    files of its repository, and nothing else of it
 
-Either form takes `&revision=…`. What was downloaded is kept and read again without a network
-(HF_HUB_OFFLINE=1).
+Either form takes `&revision=…`; without it the newest is read, and the report says which that was.
+What was downloaded is kept and read again without a network (offline=True). Nothing of a data
+set's own code is ever run.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import difflib
 import glob
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl, urlsplit
 
+from kdrl_jax.models.checksums import escapes
 from kdrl_jax.types import UserError
 
 HUB = "hf://"
 HUB_OPTIONS = ("split", "config", "revision", "file")
+COMMIT = "[0-9a-f]{40}"
 
 
 class BadRow(Exception):
@@ -36,11 +40,13 @@ class Source(NamedTuple):
 
     name: for messages. stem: the beginning of ids for rows that lack one.
     rows: (number from 1, value or BadRow); read as they are asked for.
+    commit: of the hub's repository; "" where it is not known, or there is none.
     """
 
     name: str
     stem: str
     rows: Iterable[tuple[int, Any]]
+    commit: str = ""
 
 
 def open_sources(path: str | Path) -> list[Source]:
@@ -158,11 +164,14 @@ def _hub(url: str) -> list[Source]:
     name = parts.netloc + parts.path.rstrip("/")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     problems = []
-    if name.count("/") != 1 or not all(name.split("/")):
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or {".", ".."} & set(name.split("/")):
         problems.append(f"{url}: {name!r} is no data set; write hf://owner/name?split=train")
     for key in options.keys() - set(HUB_OPTIONS):
         near = difflib.get_close_matches(key, HUB_OPTIONS, n=1, cutoff=0.0)[0]
         problems.append(f"{url}: no option {key!r}; the nearest is {near!r}")
+    pattern = options.get("file", "x")
+    if escapes(pattern):
+        problems.append(f"{url}: file={pattern!r} lies outside the data set; refused")
     if "file" in options and options.keys() & {"split", "config"}:
         problems.append(f"{url}: file says what is read; leave out split and config")
     if problems:
@@ -172,7 +181,9 @@ def _hub(url: str) -> list[Source]:
         # Its own readers, not those of `datasets`: they need no network for what is kept, and a
         # row of another type does not stop them.
         folder = _ask_hub(url, _download, name, revision, options["file"])
-        return _matching(str(Path(glob.escape(folder)) / options["file"]))
+        commit = Path(folder).name if re.fullmatch(COMMIT, Path(folder).name) else ""
+        found = _matching(str(Path(glob.escape(folder)) / options["file"]))
+        return [source._replace(commit=commit) for source in found]
     datasets, split = _import_datasets(url), options.get("split", "train")
     table = _ask_hub(
         url,
@@ -182,7 +193,15 @@ def _hub(url: str) -> list[Source]:
         split=split,
         revision=revision,
     )
-    return [Source(url.partition("?")[0], name.rpartition("/")[2], enumerate(table, 1))]
+    stem = name.rpartition("/")[2]
+    return [Source(url.partition("?")[0], stem, enumerate(table, 1), _commit_of(table))]
+
+
+def _commit_of(table: Any) -> str:
+    """The commit that a `datasets` table was made of: its files' addresses have it."""
+    checksums = getattr(getattr(table, "info", None), "download_checksums", None) or {}
+    found = {commit for at in checksums for commit in re.findall(f"@({COMMIT})(?=/)", str(at))}
+    return found.pop() if len(found) == 1 else ""
 
 
 def _download(name: str, revision: str | None, pattern: str) -> str:

@@ -6,11 +6,12 @@ import contextlib
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from kdrl_jax.models.checksums import escapes, verify_files
 from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.models.hf_table import DTYPES, IGNORED, HFArray, Row, table_rows
 from kdrl_jax.models.qwen import Decoder
@@ -57,11 +58,12 @@ def load_eos_ids(folder: str | os.PathLike[str]) -> tuple[int, ...]:
 def open_hf(folder: str | os.PathLike[str]) -> Iterator[tuple[ModelConfig, dict[str, HFArray]]]:
     """The model of a checkpoint folder and its weights by path, to be read piece by piece.
 
-    The files stay open as long as the context; only their headers are read.
+    The files stay open as long as the context; only their headers are read, but for the first time
+    that a process opens a folder with SHA256SUMS: then they are compared with it.
 
     Raises:
-      UserError: files are missing or unreadable, or tensors are missing, surplus or misshapen;
-        all such tensors by name, at once.
+      UserError: files are missing, unreadable or not those of SHA256SUMS, or tensors are missing,
+        surplus or misshapen; all such tensors by name, at once.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -81,6 +83,10 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     listed: dict[str, str] = {}
     if (folder / INDEX).is_file():
         listed = read_json(folder / INDEX).get("weight_map") or {}
+        if not isinstance(listed, dict):
+            raise UserError(f"{folder / INDEX}: weight_map is no object; download it again")
+        if wrong := [x for x in listed.values() if not isinstance(x, str)]:
+            raise UserError(f"{folder / INDEX}: {wrong[0]!r} is no file's name; download it again")
         files = sorted(set(listed.values()))
     elif (folder / WEIGHTS).is_file():
         files = [WEIGHTS]
@@ -91,13 +97,15 @@ def _open_tensors(folder: Path, stack: contextlib.ExitStack) -> dict[str, Any]:
     problems = []
     for file in files:
         # Checked by the name, not by what it links to: download caches link to blobs elsewhere.
-        parts = PurePosixPath(file).parts
-        if ".." in parts or PurePosixPath(file).is_absolute() or "\\" in file or ":" in file:
+        if escapes(file):
             problems.append(f"{folder / INDEX}: file {file!r} lies outside the folder; refused")
+        elif not file.endswith(".safetensors"):
+            problems.append(f"{folder / INDEX}: file {file!r} is no .safetensors; save it as such")
         elif not (folder / file).is_file():
             problems.append(f"{folder / file}: missing, but listed in {INDEX}; download it again")
     if problems:
         raise UserError(*problems)
+    verify_files(folder, [*files, *([INDEX] if listed else [])])
 
     tensors: dict[str, Any] = {}
     for file in files:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdrl_jax import processes
+from kdrl_jax.models.checksums import HashedFile, write_sums
 from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.models.hf_files import (
     CONFIG,
@@ -37,6 +38,7 @@ from kdrl_jax.types import Params, UserError
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
+@runtime_checkable
 class Stored(Protocol):
     """A parameter that lies in files and is read block by block."""
 
@@ -80,6 +82,7 @@ def save_hf(
     pad_id: int | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
+    checksums: bool = True,
 ) -> None:
     """Write a checkpoint folder that `load_hf`, `transformers`, vLLM and SGLang read.
 
@@ -98,6 +101,7 @@ def save_hf(
         such ids already.
       max_shard_bytes: size above which the weights go to several files with an index.
       overwrite: replace an existing folder, all of it.
+      checksums: write SHA256SUMS, which `load_hf` and `sha256sum -c` compare with.
 
     Raises:
       UserError: the folder exists and `overwrite` is not set, or there is no tokenizer to copy.
@@ -119,12 +123,14 @@ def save_hf(
     }
     special = {k: v for k, v in special.items() if v not in (None, [])}
     with whole_folder(folder) as partial:
-        stored = _write_weights(partial, model, params, dtype, max_shard_bytes)
+        stored, sums = _write_weights(partial, model, params, dtype, max_shard_bytes, checksums)
         if processes.is_first():
             source = Path(config_folder) if config_folder else None
             _write_configs(partial, model.config, source, special, stored)
             for file in tokenizer:
                 shutil.copyfile(file, partial / file.name)
+            if checksums:
+                write_sums(partial, sums)
 
 
 @contextlib.contextmanager
@@ -189,9 +195,13 @@ def _write_configs(
 
 
 def _write_weights(
-    folder: Path, model: Decoder, params: Params, dtype: Any, max_bytes: int
-) -> list[str]:
-    """Write the safetensors files; returns the names of their dtypes, that of most bytes first."""
+    folder: Path, model: Decoder, params: Params, dtype: Any, max_bytes: int, hashed: bool
+) -> tuple[list[str], dict[str, str]]:
+    """Write the safetensors files.
+
+    Returns:
+      The names of their dtypes, that of most bytes first; and the files' SHA-256 by name.
+    """
     leaves = {path_name(p): v for p, v in jax.tree_util.tree_leaves_with_path(params)}
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     rows = table_rows(model.config, shapes)
@@ -206,23 +216,29 @@ def _write_weights(
             files[-1].append(tensor)
             weight[kind] += tensor.bytes
     weight_map: dict[str, str] = {}
+    sums: dict[str, str] = {}
     for i, content in enumerate(files):
         name = WEIGHTS if len(files) == 1 else f"model-{i + 1:05d}-of-{len(files):05d}.safetensors"
         weight_map |= {tensor.name: name for tensor in content}
-        _write_file(folder / name, content, rows, leaves)
+        sums[name] = _write_file(folder / name, content, rows, leaves, hashed)
     if len(files) > 1 and processes.is_first():
         index = {"metadata": {"total_size": sum(weight.values())}, "weight_map": weight_map}
         write_json(folder / INDEX, index)
     kinds = [kind for kind in weight if weight[kind]]
-    return [kind.name for kind in sorted(kinds, key=lambda k: -weight[k])]
+    return [kind.name for kind in sorted(kinds, key=lambda k: -weight[k])], sums
 
 
 def _write_file(
-    file: Path, content: list[_Tensor], rows: dict[str, Row], leaves: dict[str, Any]
-) -> None:
-    """One safetensors file. The library's own writer wants all its tensors in memory at once.
+    file: Path,
+    content: list[_Tensor],
+    rows: dict[str, Row],
+    leaves: dict[str, Any],
+    hashed: bool,
+) -> str:
+    """One safetensors file; its SHA-256, taken as it is written, or "" if that is not asked for.
 
-    The format: https://huggingface.co/docs/safetensors#format.
+    The library's own writer wants all its tensors in memory at once. The format:
+    https://huggingface.co/docs/safetensors#format.
     """
     # Wide dtypes first, as the library does, so that every tensor is aligned.
     content = sorted(content, key=lambda tensor: -tensor.dtype.itemsize)
@@ -238,7 +254,8 @@ def _write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     writer = processes.is_first()
-    with file.open("wb") if writer else contextlib.nullcontext() as out:
+    with file.open("wb") if writer else contextlib.nullcontext() as opened:
+        out = HashedFile(opened, hashed) if opened else None
         if out:
             out.write(len(text).to_bytes(8, "little") + text)
         parts = _Parts(leaves)
@@ -246,6 +263,7 @@ def _write_file(
             for block in parts.take(tensor.path, tensor.layer):  # every process: it may gather
                 if out:
                     out.write(_bytes(rows[tensor.path], block, tensor.dtype))
+        return out.hexdigest() if out else ""
 
 
 class _Parts:

@@ -16,6 +16,7 @@ from kdrl_jax.rollout.server_check import PROBES, Wanted, check_server
 from kdrl_jax.rollout.transport import Server
 from kdrl_jax.training.evaluation import EncodedProblem
 from kdrl_jax.training.metrics import Display
+from kdrl_jax.types import UserError
 
 KEY_VARIABLE = "KDRL_SERVER_KEY"
 """Environment variable with the server's API key: configs are written to disk."""
@@ -42,12 +43,18 @@ def connect(
     ro, asked = config.rollout, config.rollout.server
     if not asked.url:
         return None
+    key = os.environ.get(KEY_VARIABLE, "")
+    if not all("!" <= c <= "~" for c in key):  # an HTTP library would quote it in its error
+        raise UserError(
+            f"{KEY_VARIABLE}: holds a space, a line break or another character that no header "
+            "takes; set it to the key alone"
+        )
     engine = ServerEngine(
         Server(
             asked.url,
             timeout_s=asked.timeout_s,
             concurrency=asked.concurrency,
-            key=os.environ.get(KEY_VARIABLE, ""),
+            key=key,
         ),
         KINDS[asked.kind](asked.model),
         model,

@@ -1,0 +1,74 @@
+"""What a run was made of, each time it was started: versions, code, models, data."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import kdrl_jax
+from kdrl_jax.config import ROOT, digest
+from kdrl_jax.models.checksums import SUMS, digest_of
+from kdrl_jax.training.roles import model_folder
+from kdrl_jax.training.storage import write_atomic
+
+FILE = "provenance.json"
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
+
+
+def add_provenance(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
+    """Add this start to `workdir/provenance.json`, unless it is as the one before.
+
+    Args:
+      data: the run's data report; of the hub's data sets the commits are taken.
+    """
+    file = workdir / FILE
+    try:
+        starts = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        starts = []
+    roles = {"student": config.student.path, "teacher": config.teacher.path}
+    sources = {what: found for what, found in data.items() if "commit" in found}
+    start = {
+        "kdrl_jax": {"version": kdrl_jax.__version__, "commit": code_commit()},
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "config": digest(config.to_dict()),
+        "models": {role: model_facts(path) for role, path in roles.items() if path},
+        "data": {k: {"path": v["path"], "commit": v["commit"]} for k, v in sources.items()},
+    }
+    if not starts or starts[-1] != start:
+        write_atomic(file, json.dumps([*starts, start], indent=2) + "\n")
+
+
+def model_facts(path: str) -> dict[str, str]:
+    """A model's folder and the SHA-256 of its config.json and, if it has one, its SHA256SUMS."""
+    found = {"path": path}
+    for file in (model_folder(path) / "config.json", Path(path) / SUMS):
+        if file.is_file():
+            found[file.name] = digest_of(file)
+    return found
+
+
+def code_commit() -> str:
+    """The commit of the checkout that runs, with '+changes' if it has any; "" outside of one."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(ROOT), *words]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    top = git("rev-parse", "--show-toplevel")
+    if not top or Path(top).resolve() != ROOT:  # installed within another project's checkout
+        return ""
+    dirty = git("status", "--porcelain", "--untracked-files=no", "--", "kdrl_jax")
+    return git("rev-parse", "HEAD") + ("+changes" if dirty else "")
