@@ -132,23 +132,24 @@ class TrainBatch:
 
     A row is a left-padded prompt of S tokens and a right-padded completion of T. Nothing below
     depends on that: `segment_ids` (0 = padding) and `weights` (0 = not trained on) say it all.
+    Until they are taken apart, mini-batches and micro-batches are axes M in front.
     """
 
-    tokens: Int[Array, "R L"]
-    positions: Int[Array, "R L"]
-    segment_ids: Int[Array, "R L"]
-    sampler_log_probs: Float[Array, "R T"]
-    old_log_probs: Float[Array, "R T"] | None
+    tokens: Int[Array, "*M R L"]
+    positions: Int[Array, "*M R L"]
+    segment_ids: Int[Array, "*M R L"]
+    sampler_log_probs: Float[Array, "*M R T"]
+    old_log_probs: Float[Array, "*M R T"] | None
     """None means on-policy: the student that sampled is the one being updated."""
-    teacher_log_probs: Float[Array, "R T"] | None
+    teacher_log_probs: Float[Array, "*M R T"] | None
     """None: no teacher. NaN where the teacher has no opinion; kd_weights are 0 there."""
-    advantages: Float[Array, "R T"]
-    weights: Float[Array, "R T"]
-    kd_weights: Float[Array, "R T"]
-    reference_log_probs: Float[Array, "R T"] | None = None
-    support: Int[Array, "R T J"] | None = None
-    support_log_probs: Float[Array, "R T J"] | None = None
-    teacher_hidden: Float[Array, "R T E"] | None = None
+    advantages: Float[Array, "*M R T"]
+    weights: Float[Array, "*M R T"]
+    kd_weights: Float[Array, "*M R T"]
+    reference_log_probs: Float[Array, "*M R T"] | None = None
+    support: Int[Array, "*M R T J"] | None = None
+    support_log_probs: Float[Array, "*M R T J"] | None = None
+    teacher_hidden: Float[Array, "*M R T E"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -85,7 +85,7 @@ def decode_layer(
     config: ModelConfig,
     weights: DecodeLayer,
     x: Float[Array, "B D"],
-    rope: tuple[Float[Array, "B 1 1 H/2"], Float[Array, "B 1 1 H/2"]],
+    rope: tuple[Float[Array, "B 1 1 half"], Float[Array, "B 1 1 half"]],
     cache: KVCache,
     lengths: Int[Array, "B"],
     recent: KVCache,

@@ -201,8 +201,8 @@ def _yarn_attention_factor(s: RopeScaling) -> float:
 
 
 def rope_angles(
-    config: ModelConfig, positions: Int[Array, "R L"]
-) -> tuple[Float[Array, "R L 1 H/2"], Float[Array, "R L 1 H/2"]]:
+    config: ModelConfig, positions: Int[Array, "*rows"]
+) -> tuple[Float[Array, "*rows 1 half"], Float[Array, "*rows 1 half"]]:
     """cos and sin of each position's angles in fp32, with an axis for the heads."""
     frequencies, factor = rope_frequencies(config)
     angles = positions.astype(jnp.float32)[..., None, None] * jnp.broadcast_to(
@@ -212,7 +212,7 @@ def rope_angles(
 
 
 def rotate(
-    x: Float[Array, "R L N H"], cos: Float[Array, "R L 1 H/2"], sin: Float[Array, "R L 1 H/2"]
+    x: Float[Array, "R L N H"], cos: Float[Array, "#R #L 1 half"], sin: Float[Array, "#R #L 1 half"]
 ) -> Float[Array, "R L N H"]:
     """Rotate the pairs (x[i], x[i + H/2]) by the given angles (RoPE, arXiv 2104.09864), in fp32."""
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

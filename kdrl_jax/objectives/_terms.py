@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ Scalar = Float[Array, ""]
 Metrics = dict[str, Scalar]
 
 
+@runtime_checkable
 class TokenBatch(Protocol):
     """What a loss reads of a batch: arrays of one shape, that of the policy's log-probs.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Real
 
 from kdrl_jax.objectives._checks import require_name, require_rank
 
@@ -14,7 +14,7 @@ Baseline = Literal["mean", "leave_one_out"]
 
 
 def group_advantages(
-    rewards_P_G: Float[Array, "P G"],
+    rewards_P_G: Real[Array, "P G"],
     *,
     scale: Scale = "group",
     baseline: Baseline = "mean",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kdrl_jax.objectives._checks import require_name, require_rank, require_shape
 
@@ -24,7 +24,7 @@ _MaxLength = int | Float[Array, ""] | None
 
 
 def token_weights(
-    completion_mask: Bool[Array, "B T"],
+    completion_mask: Shaped[Array, "B T"],
     group_ids: Int[Array, "B"],
     mode: str = "group-token-mean",
     *,
@@ -64,7 +64,7 @@ def token_weights(
 
 def kd_weights(
     weights: Float[Array, "B T"],
-    rewards: Float[Array, "B"],
+    rewards: Shaped[Array, "B"],
     group_ids: Int[Array, "B"],
     mask: str = "none",
 ) -> Float[Array, "B T"]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key
 
 from kdrl_jax.rollout import decode as device
 from kdrl_jax.rollout.schedule import (
@@ -112,7 +112,7 @@ class Call:
         engine: RolloutEngine,
         params: Params,
         prompts: Prompts,
-        request_keys: PRNGKeyArray,
+        request_keys: Key[Array, "P G"],
         sampling: SamplingParams,
         expected_lengths: Sequence[float] | None,
         begun: Rollouts | None,

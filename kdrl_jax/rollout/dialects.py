@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -65,6 +65,7 @@ class Completion(NamedTuple):
     """By an end token."""
 
 
+@runtime_checkable
 class Dialect(Protocol):
     """The requests of one kind of server."""
 

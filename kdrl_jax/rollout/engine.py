@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 from jax.sharding import Mesh
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Key
 
 from kdrl_jax.rollout import decode as device
 from kdrl_jax.rollout.call import Call, DecodeStats, Finished
@@ -78,7 +78,7 @@ class RolloutEngine:
         self,
         params: Params,
         prompts: Prompts,
-        request_keys: PRNGKeyArray,
+        request_keys: Key[Array, "P G"],
         sampling: SamplingParams,
         *,
         expected_lengths: Sequence[float] | None = None,

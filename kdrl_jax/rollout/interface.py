@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, Key
 
 from kdrl_jax.rollout.call import DecodeStats, Finished
 from kdrl_jax.types import Params, Prompts, Rollouts, SamplingParams
 
 
+@runtime_checkable
 class Engine(Protocol):
     """Samples completions: `RolloutEngine` in this process, `ServerEngine` through a server."""
 
@@ -31,7 +32,7 @@ class Engine(Protocol):
         self,
         params: Params,
         prompts: Prompts,
-        request_keys: PRNGKeyArray,
+        request_keys: Key[Array, "P G"],
         sampling: SamplingParams,
         *,
         expected_lengths: Sequence[float] | None = None,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key
 
 from kdrl_jax.types import SamplingParams
 
@@ -39,7 +39,7 @@ def request_keys(
     step: int | Sequence[int],
     problems: Sequence[int] | Int[np.ndarray, "P"],
     group_size: int,
-) -> PRNGKeyArray:
+) -> Key[Array, "P G"]:
     """A key for each request, `[P, G]`, from (seed, step, problem, sample) alone.
 
     What a request draws thus depends on no other request. The same problem twice in one step
@@ -57,7 +57,7 @@ def request_keys(
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _request_keys(seed: Array, steps: Array, problems: Array, group_size: int) -> PRNGKeyArray:
+def _request_keys(seed: Array, steps: Array, problems: Array, group_size: int) -> Key[Array, "P G"]:
     key, fold = jax.random.key(seed), jax.random.fold_in
     of_problem = jax.vmap(lambda step, problem: fold(fold(key, step), problem))(steps, problems)
     samples = jnp.arange(group_size)

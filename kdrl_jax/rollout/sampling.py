@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
 
 from kdrl_jax.types import SamplingParams
 
@@ -20,7 +20,9 @@ from kdrl_jax.types import SamplingParams
 BLOCK = 512
 
 
-def uniforms(keys: PRNGKeyArray, drawn: Int[Array, "B"], steps: int) -> Float[Array, "steps B 2"]:
+def uniforms(
+    keys: Key[Array, "B"], drawn: Int[Array, "B"], steps: int
+) -> Float[Array, "steps B 2"]:
     """What `sample` needs for the next `steps` draws of requests that have had `drawn`.
 
     Draw n of a request uses fold_in(key, n). Made for many draws at once: a CPU takes as long for

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Int, PRNGKeyArray
+from jaxtyping import Array, Int, Key
 
 from kdrl_jax import processes
 from kdrl_jax.models import Decoder, save_hf
@@ -93,7 +93,7 @@ class ServerEngine:
         self,
         params: Params,
         prompts: Prompts,
-        request_keys: PRNGKeyArray,
+        request_keys: Key[Array, "P G"],
         sampling: SamplingParams,
         *,
         expected_lengths: Sequence[float] | None = None,
@@ -168,6 +168,7 @@ class ServerEngine:
                     dtype=self._model.dtype,
                     eos_ids=self._stop_ids,
                     overwrite=True,
+                    checksums=False,  # of a folder that lives for a step
                 )
         except OSError as error:
             raise UserError(
@@ -197,7 +198,7 @@ class ServerEngine:
         )
 
     def _requests(
-        self, prompts: Prompts, request_keys: PRNGKeyArray, sampling: SamplingParams
+        self, prompts: Prompts, request_keys: Key[Array, "P G"], sampling: SamplingParams
     ) -> list[Request]:
         """The P·G requests, problem by problem."""
         problems, group = request_keys.shape

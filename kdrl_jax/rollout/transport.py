@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -84,7 +85,7 @@ class Server:
         wait_s: float = 0.5,
     ):
         self.url, self.timeout_s, self.concurrency = url.rstrip("/"), timeout_s, concurrency
-        self._headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self._headers, self._key = {"Authorization": f"Bearer {key}"} if key else {}, key
         self._wait_s, self.losses = wait_s, 0
 
     def ask(self, ask: Ask) -> Any:
@@ -135,7 +136,7 @@ class Server:
                         await asyncio.sleep(wait)
                         wait *= 2
                     try:
-                        answer = await _once(client, ask)
+                        answer = await _once(client, ask, self._key)
                         if answer.status < 500 and answer.status != 429:
                             return ask.read(answer)
                         trouble = answer.words
@@ -156,12 +157,15 @@ class Server:
         )
 
 
-async def _once(client: httpx2.AsyncClient, ask: Ask) -> Answer:
+async def _once(client: httpx2.AsyncClient, ask: Ask, key: str) -> Answer:
     response = await client.request(ask.method, ask.path, json=ask.body)
+    text = response.text
+    if key and response.status_code >= 400:  # some servers quote what they refuse; this is logged
+        text = text.replace(key, "[the key]")
     try:
-        return Answer(response.status_code, response.json())
+        return Answer(response.status_code, json.loads(text))
     except ValueError:
-        return Answer(response.status_code, response.text)
+        return Answer(response.status_code, text)
 
 
 class _Flight:
