@@ -13,12 +13,14 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax.config import read_config, split_variant
-from kdrl_jax.processes import LostProcess, wait_for_the_coordinator
+from kdrl_jax.processes import LostProcess, is_first, wait_for_the_coordinator
+from kdrl_jax.training.safety import own_folder
+from kdrl_jax.training.storage import drop_torn_programs, storage_problem
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
 EXIT_USER_ERROR = 2
-EXIT_STOPPED = 75  # EX_TEMPFAIL: saved before it was done; the same command goes on
+EXIT_UNHEALTHY = 3  # saved because a watch of `health` said stop: a person is to look
 EXIT_LOST = 76  # another process of the run has gone
 EXIT_INTERRUPTED = 130
 _OVERRIDE = "--config."
@@ -78,6 +80,11 @@ def run_entry(main: Callable[[], Any]) -> None:
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
         print(f"error: {error.filename}: {error.strerror}; give another folder", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if not (problem := storage_problem(error, Path.cwd())):
+            raise
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
     except LostProcess:  # has been explained
         wait_for_the_coordinator()
         os._exit(EXIT_LOST)
@@ -87,6 +94,14 @@ def run_entry(main: Callable[[], Any]) -> None:
 
 
 def enable_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs under `folder`, so that a resumed run starts at once."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Keep compiled programs under `folder`, so that a resumed run starts at once.
+
+    Raises:
+      UserError: anybody may write there; the programs are executed.
+    """
+    own_folder(folder, "cache_dir", make=False)
+    found = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if found is None:
         jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").resolve()))
+    if is_first():
+        drop_torn_programs(Path(found) if found else folder / "compiled")

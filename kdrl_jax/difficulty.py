@@ -33,6 +33,7 @@ from kdrl_jax.data import encode_prompts, read_problems
 from kdrl_jax.data.schemas import PASS_RATE
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
+from kdrl_jax.network import set_offline
 from kdrl_jax.rollout import RolloutEngine, sampling_params
 from kdrl_jax.training.evaluation import EncodedProblem, grade_all, respond
 from kdrl_jax.training.meshes import rollout_mesh
@@ -45,7 +46,7 @@ PASS_COUNTS = "pass_counts"
 DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 # What is read of a config; only these keys are checked.
 READS = (
-    *("seed", "cache_dir", "student.dtype", "eval.batch", "eval.samples", "data.prompt"),
+    *("seed", "cache_dir", "offline", "student.dtype", "eval.batch", "eval.samples", "data.prompt"),
     *("mesh.", "rollout_mesh."),
     *("data.max_prompt_tokens", "data.on_bad", "data.fields"),
     *(f"rollout.{key}" for key in (*DRAWING, "slots")),
@@ -239,6 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         problems += [line.replace("--checkpoint", "--model", 1) for line in error.problems]
     if problems or policy is None:
         raise UserError(*problems)
+    set_offline(config.offline)
     measure(
         config,
         args.data,

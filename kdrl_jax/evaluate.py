@@ -53,17 +53,19 @@ from kdrl_jax.evaluation.planning import (
 )
 from kdrl_jax.evaluation.runner import ask
 from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
+from kdrl_jax.network import set_offline
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.training.meshes import rollout_mesh
-from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder, write_atomic
+from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder
 from kdrl_jax.training.problems import make_grader
+from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
 # What an evaluation reads of a config; only these are checked.
 READS = (
-    *("seed", "cache_dir", "student.dtype", "data.prompt_style", "data.prompt_buckets"),
+    *("seed", "cache_dir", "offline", "student.dtype", "data.prompt_style", "data.prompt_buckets"),
     *("mesh.", "rollout_mesh."),
     *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
     *("eval.samples", "reward."),
@@ -249,6 +251,7 @@ def main(argv: list[str] | None = None) -> None:
         wrong.raise_any()  # before anything is downloaded
     if args.data_dir and not args.data_dir.is_dir():
         chosen = []
+    set_offline(config is not None and config.offline)
     loaded = [found for b in chosen if (found := wrong.attempt(load_benchmark, b, args.data_dir))]
     wrong.raise_any()
     if args.self_check:

@@ -24,10 +24,11 @@ import jax
 
 from kdrl_jax.cli import run_entry, split_overrides
 from kdrl_jax.config import read_config
+from kdrl_jax.network import set_offline
 from kdrl_jax.planning.machines import parse_topology
 from kdrl_jax.planning.run_plan import PROGRAMS, make_run_plan
 from kdrl_jax.planning.table import text_of
-from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             problems += error.problems
     if problems:
         raise UserError(*problems)
+    set_offline(config.offline)
     machine, programs = parse_topology(args.topology), parse_programs(args.compile)
     if machine.is_tpu:  # what is compiled for TPUs needs no device here
         jax.config.update("jax_platforms", "cpu")

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdrl_jax.cli import enable_compilation_cache, run_entry
+from kdrl_jax.network import set_offline
 from kdrl_jax.reproduction.grid import Cell, Grid, load_grid
 from kdrl_jax.reproduction.prepare import prepare, prepare_jobs, teacher_accuracies
 from kdrl_jax.reproduction.record import add_sitting, facts
@@ -114,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     grid = load_grid(args.grid)
     if args.prepare:
         cells = select(grid, args.only)
+        set_offline(cells[0].load().offline)
         enable_compilation_cache(Path(cells[0].load().cache_dir))
         prepare(cells, args.prepare, args.output)
         return

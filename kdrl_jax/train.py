@@ -17,15 +17,19 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax import processes
-from kdrl_jax.cli import EXIT_STOPPED, enable_compilation_cache, parse_config_args, run_entry
+from kdrl_jax.cli import EXIT_UNHEALTHY, enable_compilation_cache, parse_config_args, run_entry
 from kdrl_jax.config import digest, flatten
 from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
+from kdrl_jax.network import set_offline
 from kdrl_jax.objectives import Trend
 from kdrl_jax.rollout import Engine, RolloutEngine, sampling_params
+from kdrl_jax.shapes import require_installed
 from kdrl_jax.sharding import put_batch
+from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.evaluation import evaluate
+from kdrl_jax.training.health import Health
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
@@ -41,6 +45,8 @@ from kdrl_jax.training.roles import (
 from kdrl_jax.training.run import Run, open_workdir
 from kdrl_jax.training.serving import connect
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
+from kdrl_jax.training.stopping import EXIT_STOPPED, EndAtOnce
+from kdrl_jax.training.storage import check_writable
 from kdrl_jax.training.validation import compare_for_resume, has_checkpoint, validate
 from kdrl_jax.types import UserError
 
@@ -60,14 +66,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         saved = workdir / "config.json"
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir: {workdir} is a file; give a folder")
+        check_writable(workdir)
         if saved.exists() and has_checkpoint(workdir):
             compare_for_resume(json.loads(saved.read_text(encoding="utf-8")), config, saved)
     processes.agree("--config", {"configuration": digest(config.to_dict())})
-    enable_compilation_cache(Path(config.cache_dir))
+    set_offline(config.offline)
     display = Display(quiet=not processes.is_first())
 
     # --- Mesh ----------------------------------------------------------------------------------
     with processes.together():
+        enable_compilation_cache(Path(config.cache_dir))
         meshes = make_meshes(config)
         mesh = meshes.student
         tokenizer = load_run_tokenizer(config)
@@ -105,6 +113,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps * sizes.updates),
         **{k: o[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")},
     )
+    checks = Checks(config, sizes, tokenizer.size, tokenizer.stop_ids) if config.debug else None
     learner = Learner(
         config,
         sizes,
@@ -115,6 +124,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         reference=reference,
         valid_vocab=tokenizer.size,
         mask_final_eos=sizes.method.uses_teacher and ends_differently(config, tokenizer),
+        checks=checks,
     )
     sampling = sampling_params(
         (ro.prompts_per_step + ro.carry, ro.group_size),
@@ -138,26 +148,29 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # --- Resume --------------------------------------------------------------------------------
     # From the newest whole checkpoint, else from the student's own weights. Random keys are
     # functions of step and data position, which is 1 rollout batch a step but for refilled ones.
-    position, trend, carried = 0, Trend(), ""
+    position, trend, carried, watched = 0, Trend(), "", None
     if start is None:
         params = build_role("student", config, student, tokenizer, mesh, display)
         state = init_state(params, optimizer, mesh)
         del params
     else:
-        state, meta = store.restore(abstract_state(student, optimizer, mesh))
+        state, meta = store.restore(abstract_state(student, optimizer, mesh), display.say)
+        start = meta["step"]
         if meta["data"] != data_digest:
             raise UserError(
                 f"{config.data.path or config.data.task}: not the problems that step {start} was "
                 "trained on; restore them or use another --workdir"
             )
         position, trend = meta["data_position"], Trend(*meta["trend"])
-        carried = meta.get("carried", "")
+        carried, watched = meta.get("carried", ""), meta.get("health")
         display.say(f"continuing after step {start} of {config.steps}")
     state = learner.at_rest(state)
 
     # --- Loop ----------------------------------------------------------------------------------
-    book = Run(config, workdir, start, store, display, data_digest, trend, memory, meter)
-    with processes.explained(), make_grader(config, config.data.task) as grader, book as run:
+    health = Health(config.health.to_dict(), sizes.method, config.kd_mask, watched)
+    book = Run(config, workdir, start, store, display, data_digest, trend, health, memory, meter)
+    grading = make_grader(config, config.data.task)
+    with processes.explained(), grading as grader, book as run, jax.debug_nans(config.debug):
         collector = Collector(
             engine_of(teacher.model) if teacher and by_teacher else engine,
             problems,
@@ -189,6 +202,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 # Meanwhile the last step's metrics are read.
                 found, position = collector.collect(sampler, position, run.settle)
                 rollouts = put_batch(mesh, found.rollouts)
+                if checks:
+                    checks.rollouts(step + 1, found.rollouts)
                 run.clock.lap("rollout", then="score")
 
                 beta, now = learner.beta(step, run.trend), learner.hyper(step, run.trend)
@@ -196,12 +211,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 scores = learner.score(state.params, rows, beta, now.temperature)
                 rewards = found.rewards  # graded by the host while the devices score
                 jax.block_until_ready(scores)
+                if checks:
+                    checks.scored(rewards, rows, scores, found.rollouts)
                 run.clock.lap("score", then="update")
 
-                state, metrics = learner.learn(state, rows, rollouts, rewards, scores, now)
+                probe = health.probe_due(step + 1, beta)
+                state, metrics = learner.learn(
+                    state, rows, rollouts, rewards, scores, now, probe=probe
+                )
 
             step += 1
-            run.step_done(step, metrics, {"beta": beta, **found.metrics}, rollouts, found, scores)
+            numbers = {"beta": beta, **found.metrics, **collector.verification()}
+            run.step_done(step, metrics, numbers, found, scores)
             run.write_samples(step, found, tokenizer)
             evaluate_student(step)
             if step % config.checkpoint.every == 0 or step == config.steps:
@@ -215,9 +236,19 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring. Exits with 75 if it was told to stop."""
-    if not train(*parse_config_args(argv, __doc__))["finished"]:
-        raise SystemExit(EXIT_STOPPED)
+    """The command line; see the module's docstring.
+
+    Exits with 75 if it was told to stop, with 3 if a watch of `health` stopped it.
+    """
+    with EndAtOnce():
+        config, workdir = parse_config_args(argv, __doc__)
+        if config.debug:
+            require_installed(argv)
+        summary = train(config, workdir)
+        if summary["stopped_by"]:
+            raise SystemExit(EXIT_UNHEALTHY)
+        if not summary["finished"]:
+            raise SystemExit(EXIT_STOPPED)
 
 
 if __name__ == "__main__":

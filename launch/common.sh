@@ -48,12 +48,13 @@ use_env() {
   make_env "$1"
 }
 
-# Exit codes of kdrl_jax.train: 0 finished, 2 the user's mistake, 75 saved on SIGTERM, else a crash.
+# Exit codes of kdrl_jax.train: 0 finished, 2 the user's mistake, 3 stopped by a watch of `health`,
+# 75 saved on SIGTERM, else a crash.
 # True where the same command should be given again: after 75, and after a crash of a run that had
 # lasted (SECONDS of this shell); one that crashed at once would do so again.
 again() {
   case "$1" in
-    0 | 2) return 1 ;;
+    0 | 2 | 3) return 1 ;;
     75) return 0 ;;
     *) [ "$SECONDS" -ge "${KDRL_CRASH_SECONDS:-600}" ] ;;
   esac

@@ -16,7 +16,8 @@
 #   --dry-run          print the commands for a new slice
 #
 # Ctrl-C or SIGTERM here makes the workers save and end. A lost connection does not stop them: the
-# same command attaches again. Exits with 0 finished, 2 the user's mistake, 75 saved, 1 given up.
+# same command attaches again. Exits with 0 finished, 2 the user's mistake, 3 stopped by a watch of
+# `health`, 75 saved, 1 given up.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -186,6 +187,7 @@ while :; do
   say "workers exited with ${codes:-no code}"
   case " $codes" in
     *" 2 "*) die "refused by kdrl_jax.train, see above" 2 ;;
+    *" 3 "*) die "stopped by a watch of health, see above" 3 ;;
   esac
   [ -z "$stopping" ] || exit 75
   [ "$(tpu_state)" = READY ] || continue

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import model_cases as cases
@@ -9,18 +13,23 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import atomicity
 
 from kdrl_jax.models import Decoder, ModelConfig, hf_table, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings, path_name
 from kdrl_jax.training.checkpoints import (
+    DELETED,
     CheckpointStore,
     abstract_params,
     find_params,
     restore_params,
     save_params,
 )
+from kdrl_jax.training.integrity import seal
 from kdrl_jax.training.state import init_state
-from kdrl_jax.types import UserError
+from kdrl_jax.types import TrainState, UserError
 
 CONFIG = cases.CASES["qwen3_untied_yarn"] | {"num_key_value_heads": 2}
 GATE = ("layers", "mlp", "gate_proj", "kernel")
@@ -99,3 +108,207 @@ def test_stored_weights_are_plain_orbax_arrays(loaded, tmp_path):
     with ocp.StandardCheckpointer() as checkpointer:
         found = checkpointer.restore(where)
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, params))
+
+
+# --- a run's checkpoints --------------------------------------------------------------------
+
+
+@pytest.fixture
+def state():
+    mesh = make_mesh(data=1, fsdp=2, tensor=1, devices=jax.devices()[:2])
+    whole = NamedSharding(mesh, PartitionSpec())
+    params = {
+        "layers": {"k": jax.random.normal(jax.random.key(0), (4, 32, 8))},
+        "scale": jnp.arange(33, dtype=jnp.bfloat16),
+    }
+    optimizer = optax.adamw(1e-3)
+
+    def build(params):
+        return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+
+    return jax.jit(build, out_shardings=whole)(params)
+
+
+def after(state, step):
+    """A state that tells the steps apart."""
+    return jax.tree.map(lambda x: x + step, state)
+
+
+def abstract(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
+def saved(folder, state, steps=(2, 4, 6), keep=3):
+    store = CheckpointStore(folder, keep)
+    for step in steps:
+        store.save(step, after(state, step), {"step": step, "data_position": 3 * step})
+    store.close()
+    return folder / "checkpoints"
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def damage_data(step):
+    """Flips a bit in the middle of the largest file: the weights' data."""
+    file = max((step / "params").rglob("*"), key=lambda p: p.stat().st_size if p.is_file() else 0)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def damage_moments(step):
+    for file in (step / "opt_state").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+DAMAGES = {
+    "bit": damage_data,
+    "truncated": damage_moments,
+    "meta": lambda step: (step / "meta" / "metadata").write_bytes(b'{"step": '),
+    "half deleted": lambda step: shutil.rmtree(step / "params"),
+    "empty": lambda step: [shutil.rmtree(p) if p.is_dir() else p.unlink() for p in step.iterdir()],
+    "manifest": lambda step: (step / "params" / "manifest.ocdbt").unlink(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_said_kept_and_passed_over(damage, state, tmp_path):
+    folder = saved(tmp_path, state)
+    DAMAGES[damage](folder / "6")
+    before = {p.relative_to(folder / "6") for p in (folder / "6").rglob("*")}
+    store, said = CheckpointStore(tmp_path), []
+    found, meta = store.restore(abstract(state), said.append)
+    jax.tree.map(np.testing.assert_array_equal, found, after(state, 4))
+    assert (meta["step"], meta["data_position"]) == (4, 12)
+    assert said[0].startswith(f"{folder / '6'}: damaged (")
+    assert said[0].endswith("; kept as damaged_6")
+    assert said[1:] == ["falling back to the checkpoint of step 4"]
+    assert names(folder) == ["2", "4", "damaged_6"]
+    assert {
+        p.relative_to(folder / "damaged_6") for p in (folder / "damaged_6").rglob("*")
+    } == before
+    # The step is made again, and is a checkpoint like any other.
+    store.save(6, after(state, 6), {"step": 6})
+    store.close()
+    assert names(folder) == ["2", "4", "6", "damaged_6"]
+    found, meta = CheckpointStore(tmp_path).restore(abstract(state), said.append)
+    assert meta["step"] == 6
+    jax.tree.map(np.testing.assert_array_equal, found, after(state, 6))
+
+
+def test_nothing_is_begun_anew_where_all_is_damaged(state, tmp_path):
+    folder = saved(tmp_path, state)
+    for step in (2, 4, 6):
+        damage_data(folder / str(step))
+    for _ in range(2):  # the second time says the same
+        store = CheckpointStore(tmp_path)
+        assert store.latest_step() == 6
+        with pytest.raises(UserError) as error:
+            store.restore(abstract(state))
+        store.close()
+        assert [line.split(": damaged")[0] for line in error.value.problems[:3]] == [
+            str(folder / name) for name in "642"
+        ]
+        assert "no checkpoint can be read" in error.value.problems[3]
+        assert names(folder) == ["2", "4", "6"]
+    for step in (2, 4, 6):
+        (folder / str(step)).rename(folder / f"damaged_{step}")
+    with pytest.raises(UserError, match="only damaged_2, damaged_4, damaged_6; use another"):
+        CheckpointStore(tmp_path)
+
+
+def test_another_model_is_not_damage(state, tmp_path):
+    folder = saved(tmp_path, state)
+    other = abstract(state)
+    other.params["scale"] = jax.ShapeDtypeStruct((34,), jnp.bfloat16)
+    with pytest.raises(UserError) as error:
+        CheckpointStore(tmp_path).restore(other)
+    assert len(error.value.problems) == 1
+    assert "does not fit this model: params/scale is [[33], 'bfloat16']" in error.value.problems[0]
+    assert names(folder) == ["2", "4", "6"]
+
+
+def test_a_checkpoint_from_before_checksums_is_read_with_a_warning(state, tmp_path):
+    folder = saved(tmp_path, state)
+    meta = folder / "6" / "meta" / "metadata"
+    meta.write_text(json.dumps({"step": 6, "data_position": 18}))
+    said = []
+    found, _ = CheckpointStore(tmp_path).restore(abstract(state), said.append)
+    jax.tree.map(np.testing.assert_array_equal, found, after(state, 6))
+    assert said == [f"{folder / '6'}: was written without checksums, so damage to it may go unseen"]
+
+
+def test_weights_alone_are_compared_too_unless_they_are_cast(state, tmp_path):
+    save_params(tmp_path / "warm", state.params)
+    like = abstract(state).params
+    back = restore_params(tmp_path / "warm", like)
+    jax.tree.map(np.testing.assert_array_equal, back, state.params)
+    where = tmp_path / "warm" / "checkpoints" / "0"
+    meta = json.loads((where / "meta" / "metadata").read_text())
+    meta["checksums"]["params/scale"][2] = "00000000"
+    del meta["sha256"]
+    (where / "meta" / "metadata").write_text(json.dumps(seal(meta)))
+    with pytest.raises(UserError, match="the checksum of params/scale differs"):
+        restore_params(tmp_path / "warm", like)
+    cast = jax.tree.map(lambda x: x.update(dtype=jnp.float16), like)
+    assert restore_params(tmp_path / "warm", cast)["scale"].dtype == jnp.float16
+    (where / "meta" / "metadata").write_text("{")
+    with pytest.raises(UserError, match="damaged or half written"):
+        restore_params(tmp_path / "warm", like)
+
+
+def test_old_checkpoints_go_by_renaming_after_the_new_one_is_whole(state, tmp_path, monkeypatch):
+    """At each renaming away there is a newer whole one, with keep=1 as well."""
+    seen = []
+
+    def watched(self, target):
+        if DELETED in str(target):
+            seen.append((self.name, names(tmp_path / "checkpoints")))
+        return replace(self, target)
+
+    kind = type(epath.Path(tmp_path))
+    replace = kind.replace
+    monkeypatch.setattr(kind, "replace", watched)
+    folder = saved(tmp_path, state, keep=1)
+    assert names(folder) == ["6"]
+    assert [gone for gone, _ in seen] == ["2", "4"]
+    for gone, there in seen:
+        assert int(gone) < max(int(name) for name in there if name.isdigit())
+
+
+def test_what_a_kill_left_is_swept_up(state, tmp_path):
+    folder = saved(tmp_path, state)
+    shutil.copytree(folder / "2", folder / DELETED / "0")
+    shutil.copytree(folder / "6", folder / "8.orbax-checkpoint-tmp")
+    shutil.rmtree(folder / "8.orbax-checkpoint-tmp" / "opt_state")
+    store = CheckpointStore(tmp_path)
+    assert store.latest_step() == 6
+    assert DELETED not in names(folder)
+    store.save(8, after(state, 8), {"step": 8})
+    store.close()
+    assert names(folder) == ["4", "6", "8"]
+
+
+@pytest.mark.parametrize("when", ["save", "wait", "close"])
+def test_a_save_that_failed_is_told_by_whatever_comes_next(when, state, tmp_path, monkeypatch):
+    """The disk is full while Orbax writes in the background; the last good one stays."""
+    saved(tmp_path, state, steps=(2,), keep=1)
+    store = CheckpointStore(tmp_path, 1)
+
+    async def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "d"))
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", full)
+    store.save(4, after(state, 4), {"step": 4})
+    then = {"save": lambda: store.save(6, state, {}), "wait": store.wait, "close": store.close}
+    with pytest.raises(UserError) as error:
+        then[when]()
+    assert "No space left on device; free space there" in error.value.problems[0]
+    assert error.value.problems[1].endswith("the newest whole checkpoint is step 2")
+    monkeypatch.undo()
+    found, _ = CheckpointStore(tmp_path, 1).restore(abstract(state))
+    jax.tree.map(np.testing.assert_array_equal, found, after(state, 2))

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from kdrl_jax.data import PromptBatches
+from kdrl_jax.rewards.supervisor import Counts
 from kdrl_jax.rollout import DecodeStats, Finished, finished_requests
 from kdrl_jax.training.carried import Group, from_text, new_group, to_text
 from kdrl_jax.training.collect import Collector, mixed, solved
+from kdrl_jax.training.metrics import CLOCKED
 from kdrl_jax.types import FINISH_EOS, UNFINISHED, Problem, Rollouts, Verdict
 
 P, G, T = 4, 2, 3
@@ -248,3 +250,18 @@ def test_what_is_carried_survives_text_bit_for_bit() -> None:
             np.testing.assert_array_equal(x, y)
             assert getattr(x, "dtype", None) == getattr(y, "dtype", None)
     assert from_text(to_text([])) == []
+
+
+def test_what_the_verifier_did_goes_into_the_metrics():
+    made, _, grader = collector(lambda i, g: True)
+    counts = Counts(asked=5, timeouts=1, seconds=4.0, seconds_max=3.0)
+    grader.take_counts = lambda: counts
+    assert made.verification() == {
+        "verifier/asked": 5,
+        "verifier/timeouts": 1,
+        "verifier/crashes": 0,
+        "verifier/restarts": 0,
+        "verifier/seconds": 4.0,
+        "verifier/seconds_max": 3.0,
+    }
+    assert all(name.startswith(CLOCKED) for name in made.verification())

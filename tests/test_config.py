@@ -17,7 +17,7 @@ def shipped() -> list[str]:
     """Every config file and variant that comes with the project."""
     found = []
     for path in sorted((ROOT / "configs").glob("*.py")):
-        if path.stem not in ("__init__", "shapes"):
+        if path.stem not in ("__init__", "shapes", "sources"):
             variants = getattr(importlib.import_module(f"configs.{path.stem}"), "VARIANTS", {})
             found += [f"{path.stem}.py", *(f"{path.stem}.py:{name}" for name in variants)]
     return found

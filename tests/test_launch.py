@@ -239,6 +239,7 @@ def slurm(cluster: Cluster, *arguments: str, **env: str) -> list[int]:
         ("75 0", [75, 0]),
         ("0", [0]),
         ("2", [2]),  # the user's mistake
+        ("3", [3]),  # stopped by a watch
         ("1", [1]),  # a crash at once
     ],
 )

@@ -170,7 +170,7 @@ def test_jobset_restarts_all_but_the_users_mistake():
     assert rule["onExitCodes"] == {
         "containerName": container["name"],
         "operator": "In",
-        "values": [2],
+        "values": [2, 3],
     }
     assert job["backoffLimit"] == 0
     assert pod["restartPolicy"] == "Never"  # podFailurePolicy asks for it

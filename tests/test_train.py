@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import errno
 import fcntl
 import json
 import os
@@ -13,8 +16,11 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint._src.path import atomicity
 
 from kdrl_jax import convert, report, train
 from kdrl_jax.cli import run_entry
@@ -22,7 +28,8 @@ from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import load_config, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training.checkpoints import abstract_params, restore_params
-from kdrl_jax.training.metrics import CLOCKED, read_metrics
+from kdrl_jax.training.learner import Learner
+from kdrl_jax.training.metrics import CLOCKED, MetricsWriter, read_metrics
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -164,8 +171,8 @@ def test_killed_and_continued_equals_uninterrupted(whole, cache, tmp_path):
     assert {k: v for k, v in samples(workdir).items() if k in samples(whole)} == samples(whole)
 
 
-def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch, capsys):
-    stop_at = 3
+def told_after(stop_at, monkeypatch):
+    """SIGTERM once step `stop_at` has been made."""
     original = train.Run.step_done
 
     def step_done(self, step, *rest):
@@ -174,12 +181,147 @@ def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(train.Run, "step_done", step_done)
+
+
+def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch, capsys):
+    told_after(3, monkeypatch)
     with pytest.raises(SystemExit, match="75"):  # the same command again, says that to launchers
         run(tmp_path / "run", cache)
     assert "stopped after step 3" in capsys.readouterr().out
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     monkeypatch.undo()
     assert run(tmp_path / "run", cache) == rows(whole)
+
+
+def test_sigterm_before_the_first_step_ends_at_once(whole, cache, tmp_path, monkeypatch, capfd):
+    """There is nothing to save: the first evaluation is made again."""
+
+    def evaluate(*_, **__):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    with pytest.raises(SystemExit, match="75"):
+        run(tmp_path / "run", cache)
+    assert "stopped before a step was made; run the same command again" in capfd.readouterr().err
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    monkeypatch.undo()
+    assert run(tmp_path / "run", cache) == rows(whole)
+
+
+def test_a_slow_save_is_waited_for(cache, tmp_path, monkeypatch):
+    finalize = atomicity.AtomicRenameTemporaryPath.finalize
+    save, begun, told = train.Run.save, [], []
+
+    def begin(self, step, *rest):
+        begun.append(step)
+        save(self, step, *rest)
+
+    async def slow(self, *args, **kwargs):
+        if begun and not told:  # not a warm-up's save
+            told.append(begun[-1])
+            os.kill(os.getpid(), signal.SIGTERM)  # while it is being written
+        await asyncio.sleep(1)
+        return await finalize(self, *args, **kwargs)
+
+    monkeypatch.setattr(atomicity.AtomicRenameTemporaryPath, "finalize", slow)
+    monkeypatch.setattr(train.Run, "save", begin)
+    with pytest.raises(SystemExit, match="75"):
+        run(tmp_path / "run", cache, steps=20, **{"eval.every": 0})
+    steps = [int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+    assert max(steps) == rows(tmp_path / "run")[-1]["step"]  # whole, and of the last step
+    assert restore_params_of(tmp_path / "run")
+
+
+# --- storage that fails ---------------------------------------------------------------------
+
+
+def test_a_damaged_checkpoint_is_passed_over(whole, cache, tmp_path, monkeypatch, capsys):
+    told_after(5, monkeypatch)
+    with pytest.raises(SystemExit, match="75"):
+        run(tmp_path / "run", cache)
+    monkeypatch.undo()
+    for file in (tmp_path / "run" / "checkpoints" / "5" / "params").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[:-100])
+    assert run(tmp_path / "run", cache) == rows(whole)
+    assert samples(tmp_path / "run") == samples(whole)
+    said = capsys.readouterr().out
+    assert "5: damaged (" in said
+    assert "falling back to the checkpoint of step 4\ncontinuing after step 4 of 6" in said
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == [
+        *("2", "4", "6", "damaged_5")
+    ]
+
+
+@pytest.mark.parametrize("where", ["metrics", "samples", "checkpoint"])
+def test_a_full_disk_is_an_error_of_one_line(where, whole, cache, tmp_path, monkeypatch, capsys):
+    """At step 6, after the checkpoints of 2 and 4; with room again the run goes on."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    owner, name = {
+        "metrics": (MetricsWriter, "write"),
+        "samples": (train.Run, "write_samples"),
+        "checkpoint": (ocp.CheckpointManager, "save"),
+    }[where]
+    call = getattr(owner, name)
+
+    def at_six(self, step, *args, **kwargs):
+        if step == 6:
+            raise full
+        return call(self, step, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, at_six)
+        lines = refused(capsys, *command(tmp_path / "run", cache))
+    assert "No space left on device; free space there and run the same command again" in lines[0]
+    assert str(tmp_path / "run") in lines[0]
+    assert lines[1].endswith("the newest whole checkpoint is step 4")
+    assert run(tmp_path / "run", cache) == rows(whole)
+
+
+def test_a_real_full_disk(whole, cache, tmp_path, capsys):
+    """A file system of 400 KiB, on which a checkpoint or two find room."""
+    (tmp_path / "run").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=400k,mode=755", "none", str(tmp_path / "run")]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a file system here")
+    try:
+        lines = refused(capsys, *command(tmp_path / "run", cache))
+        assert "No space left on device; free space there" in lines[0]
+        there = str(tmp_path / "run")
+        subprocess.run(["mount", "-o", "remount,size=20m", there], check=True)
+        assert run(tmp_path / "run", cache) == rows(whole)
+    finally:
+        subprocess.run(["umount", "-l", str(tmp_path / "run")], check=True)
+
+
+def test_a_failure_while_closing_does_not_hide_the_first(cache, tmp_path, monkeypatch):
+    def fail(self, *_):
+        raise RuntimeError("closing")
+
+    def step_done(self, *_):
+        raise ValueError("the first")
+
+    monkeypatch.setattr(train.Run, "step_done", step_done)
+    monkeypatch.setattr("kdrl_jax.training.run.CheckpointStore.close", fail)
+    with pytest.raises(ValueError, match="the first"):
+        run(tmp_path / "run", cache, **{"eval.every": 0})
+    monkeypatch.setattr(train.Run, "step_done", lambda *_: None)
+    with pytest.raises(RuntimeError, match="closing"):
+        run(tmp_path / "run", cache, steps=1, **{"eval.every": 0})
+
+
+def test_a_damaged_warm_up_is_made_again(whole, cache, tmp_path, capsys):
+    for kept in cache.glob("student-*"):
+        shutil.copytree(kept, tmp_path / "cache" / kept.name)
+    for file in (tmp_path / "cache").rglob("checkpoints/0/params/d/*"):
+        file.write_bytes(b"")
+    found = run(tmp_path / "run", tmp_path / "cache", steps=1)
+    assert "damaged" in capsys.readouterr().out
+    assert [row["loss"] for row in found if "loss" in row] == [rows(whole)[1]["loss"]]
+
+
+# --- other ways to continue -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layout", ["split", "apart"])
@@ -314,13 +456,65 @@ def test_an_unsupported_model(whole, cache, tmp_path, capsys):
     assert str(bad) in lines[0]
 
 
-def test_divergence_stops_and_keeps_the_last_good_checkpoint(cache, tmp_path, capsys):
-    argv = command(tmp_path / "run", cache, **{"checkpoint.every": 1})
-    argv += ["--config.optimizer.learning_rate=1e38", "--config.optimizer.warmup_steps=0"]
-    lines = refused(capsys, *argv)
-    assert "lower optimizer.learning_rate" in lines[0]
+def test_divergence_is_skipped_and_stops_with_a_whole_checkpoint(cache, tmp_path, capsys):
+    """No update of such a rate is finite: none is made, and the third one ends the run."""
+    changes = {"optimizer.learning_rate": 1e38, "optimizer.warmup_steps": 0, "eval.every": 0}
+    with pytest.raises(SystemExit, match="3"):
+        run(tmp_path / "run", cache, **changes)
+    found = rows(tmp_path / "run")
+    assert [row["update/skipped"] for row in found] == [1.0] * len(found)
+    assert [row["step"] for row in found] == [1, 2, 3, 4]
+    said = capsys.readouterr().out
+    assert "health: nonfinite at step 1: " in said
+    assert "stopped by health: nonfinite at step 3: " in said
+    assert "lower optimizer.learning_rate" in said
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["stopped_by"].startswith("nonfinite at step 3")
+    assert summary["health"]["nonfinite"]["first_step"] == 1
     kept = restore_params_of(tmp_path / "run")
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept)) or "step 1" in lines[0]
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(kept))
+    with pytest.raises(SystemExit, match="3"):  # given again it has as many tries again
+        run(tmp_path / "run", cache, **changes, steps=20)
+    # The sixth is settled by its checkpoint, the third while the fourth was drawn.
+    assert [row["step"] for row in rows(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_teacher_that_fails_once_costs_a_step(cache, tmp_path, monkeypatch):
+    original, calls = Learner.score, []
+
+    def score(self, *args):
+        scores = original(self, *args)
+        calls.append(args)
+        if len(calls) != 2:
+            return scores
+        nothing = jnp.log(scores.teacher_log_probs)  # NaN, for they are negative
+        return dataclasses.replace(scores, teacher_log_probs=nothing)
+
+    monkeypatch.setattr(Learner, "score", score)
+    found = run(tmp_path / "run", cache, steps=4, **{"eval.every": 0})
+    assert [row["update/skipped"] for row in found] == [0, 1, 0, 0]
+    assert [row["health/alerts"] for row in found] == [0, 1, 0, 0]
+    assert found[1]["health/nonfinite"] == 1
+    assert np.isnan(found[1]["loss"])
+    text = (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "NaN" not in text
+    assert json.loads(text.splitlines()[1])["loss"] is None
+    assert all(np.isfinite(row["loss"]) for row in (found[0], *found[2:]))
+
+
+def test_a_watch_that_is_named_stops_once_and_resumes_exactly(cache, tmp_path, capsys):
+    """A student that is never right gives no signal."""
+    changes = {"health.window": 2, "eval.every": 0, "steps": 5}
+    wanted = run(tmp_path / "whole", cache, **changes)
+    assert {"health/no_signal"} <= wanted[-1].keys()
+    capsys.readouterr()
+    stopping = changes | {"health.stop": "('no_signal',)"}
+    with pytest.raises(SystemExit, match="3"):
+        run(tmp_path / "run", cache, **stopping)
+    said = capsys.readouterr().out
+    assert "stopped by health: no_signal at step 2: " in said
+    assert "choose other problems" in said
+    assert run(tmp_path / "run", cache, **stopping) == wanted
 
 
 def restore_params_of(workdir):

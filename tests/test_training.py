@@ -180,6 +180,43 @@ def test_the_teacher_matters(reference) -> None:
     assert differ(other, reference[0])
 
 
+@pytest.mark.parametrize("fault", ["teacher_log_probs", "advantages"])
+def test_an_update_that_is_not_finite_changes_nothing(fault: str) -> None:
+    """Weights, moments and counters stay to the bit: the next update is as if it had not been."""
+    optimizer = make_optimizer(
+        make_schedule(1e-2, 3, "constant", 9),
+        **{"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0},
+    )
+    head = {"valid_vocab": VALID, "chunk": 4}
+    update = make_update(MODEL, optimizer, ONE_DEVICE, micro_batches=2, **head)
+    batch = put_batch(ONE_DEVICE, make_batch(kd_mask="none"))
+    spoilt = dataclasses.replace(batch, **{fault: getattr(batch, fault).at[0, 0].set(jnp.nan)})
+    spoilt = put_batch(ONE_DEVICE, jax.device_get(spoilt))
+
+    def run(*batches):
+        state = init_state(init_params(MODEL, jax.random.key(0), ONE_DEVICE), optimizer, ONE_DEVICE)
+        skipped = []
+        for one in batches:
+            state, metrics = update(state, one, hyper(ONE_DEVICE))
+            skipped.append(float(metrics["update/skipped"]))
+        return jax.device_get(state), skipped, metrics
+
+    good, skipped, metrics = run(batch, batch)
+    assert skipped == [0, 0]
+    assert np.isfinite(metrics["loss"])
+    assert int(good.step) == 2
+    bad, skipped, metrics = run(batch, spoilt)
+    assert skipped == [0, 1]
+    assert np.isnan(metrics["loss"])
+    assert metrics["params/update_norm"] == 0
+    assert int(bad.step) == 1
+    again, skipped, _ = run(batch, spoilt, batch)
+    assert skipped == [0, 1, 0]
+    jax.tree.map(np.testing.assert_array_equal, again, good)
+    once, _, _ = run(batch)
+    jax.tree.map(np.testing.assert_array_equal, bad, once)
+
+
 def test_without_beta_the_teacher_does_not_matter() -> None:
     a, _ = one_update(ONE_DEVICE, make_batch(), beta=0.0)
     b, _ = one_update(ONE_DEVICE, make_batch(teacher_seed=2), beta=0.0)

@@ -14,7 +14,7 @@ from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, encode_prompts
 from kdrl_jax.evaluation.benchmarks import Benchmark, Loaded, refused_golds
 from kdrl_jax.rewards import Grader
-from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import differences
 from kdrl_jax.types import Problem, UserError
 

@@ -13,7 +13,7 @@ from typing import Any
 from kdrl_jax.reproduction.grid import Grid
 from kdrl_jax.reproduction.results import CellResult
 from kdrl_jax.reproduction.runner import read_json
-from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.training.storage import write_atomic
 
 RECORD = "record.json"
 

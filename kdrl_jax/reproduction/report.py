@@ -17,7 +17,7 @@ from kdrl_jax.reproduction.methods import METHODS
 from kdrl_jax.reproduction.results import CellResult, dump, to_json
 from kdrl_jax.reproduction.statistics import bootstrap
 from kdrl_jax.reproduction.study import Study
-from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.training.storage import write_atomic
 
 TEMPLATE = Path(__file__).with_name("report.html.j2")
 

@@ -19,14 +19,16 @@ from typing import Any
 
 from kdrl_jax.config import to_json
 from kdrl_jax.reproduction.grid import Cell, Grid
-from kdrl_jax.training.metrics import Display, write_atomic
+from kdrl_jax.training.metrics import Display
+from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import compare_for_resume
 from kdrl_jax.types import UserError
 
 POLL_S = 0.1
 GRACE_S = 120.0  # for a run to finish its step and save before it is killed
 TAIL = 12  # lines kept of a failed run's output
-DIVERGED = re.compile(r"step (\d+): loss \S+, gradient norm \S+;")
+DIVERGED = re.compile(r"stopped by health: (\w+) at step (\d+): ")
+"""What a run says in the end that a watch of `health` has stopped."""
 FAILURE = "failed.json"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -125,6 +126,11 @@ class Collector:
     def carried(self) -> str:
         """What a step left to the next one, for a checkpoint."""
         return to_text(self._carried)
+
+    def verification(self) -> dict[str, float]:
+        """What this process's verifying processes did since the last call: counts and seconds."""
+        counts = dataclasses.asdict(self._grader.take_counts())
+        return {f"verifier/{name}": float(value) for name, value in counts.items()}
 
     def collect(
         self, params: Params, position: int, meanwhile: Callable[[], Any] = lambda: None

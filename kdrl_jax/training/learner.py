@@ -18,11 +18,20 @@ from kdrl_jax.models import Decoder
 from kdrl_jax.objectives import Trend, beta_schedule, phase_schedule
 from kdrl_jax.sharding import in_memory, put, put_batch, replicated
 from kdrl_jax.training.batch import Rows, build_batch, rollout_rows
+from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.packing import pack_rows
+from kdrl_jax.training.probe import TeacherProbe, shuffled_slots
 from kdrl_jax.training.scoring import Scorer
-from kdrl_jax.training.step import Hyper, Metrics, Objective, make_hyper, make_update
+from kdrl_jax.training.step import (
+    Hyper,
+    Metrics,
+    Objective,
+    make_hyper,
+    make_loss,
+    make_update,
+)
 from kdrl_jax.training.validation import Sizes
-from kdrl_jax.types import Params, Rollouts, Scores, TrainBatch, TrainState
+from kdrl_jax.types import Params, Rollouts, Scores, TrainState
 
 
 class Weights:
@@ -50,6 +59,7 @@ class Learner:
       reference: the initial student; None without a reference KL.
       valid_vocab: ids that the tokenizer knows.
       mask_final_eos: see `build_batch`.
+      checks: compares what goes into each update, and what comes of it.
       new_scorer: of what kind its scorers are; a plan has some that only say what they would run.
     """
 
@@ -66,7 +76,9 @@ class Learner:
         valid_vocab: int,
         mask_final_eos: bool,
         new_scorer: type[Scorer] = Scorer,
+        checks: Checks | None = None,
     ):
+        self._checks = checks
         self._config, self._sizes, self._mesh = config, sizes, mesh
         self._teacher, self._reference = teacher, reference
         method = sizes.method
@@ -80,37 +92,41 @@ class Learner:
         self._of_teacher = teacher and scorer(teacher.model, teacher.mesh)
         asked = teacher is not None and method.kd and config.kd_estimator == "full"
         self._teacher_head = self._whole_head(teacher) if teacher and asked else None
-        self._fill_slots = jax.jit(
-            functools.partial(
-                build_batch,
-                method=method,
-                aggregation=config.aggregation,
-                kd_mask=config.kd_mask,
-                scale=config.advantage.scale,
-                baseline=config.advantage.baseline,
-                overlong=(config.reward.overlong_buffer, config.reward.overlong_penalty),
-                mask_truncated=config.mask_truncated,
-                mask_final_eos=mask_final_eos,
-                max_new_tokens=config.rollout.max_new_tokens,
-                mini_batches=config.mini_batches,
-                carried=config.rollout.carry > 0,
-            )
+        fill_slots = functools.partial(
+            build_batch,
+            method=method,
+            aggregation=config.aggregation,
+            kd_mask=config.kd_mask,
+            scale=config.advantage.scale,
+            baseline=config.advantage.baseline,
+            overlong=(config.reward.overlong_buffer, config.reward.overlong_penalty),
+            mask_truncated=config.mask_truncated,
+            mask_final_eos=mask_final_eos,
+            max_new_tokens=config.rollout.max_new_tokens,
+            mini_batches=config.mini_batches,
+            carried=config.rollout.carry > 0,
         )
+        self._fill_slots = jax.jit(fill_slots)
+        self._fill_shuffled = jax.jit(shuffled_slots(fill_slots, config.kd_topk.support))
+        objective = Objective(
+            ratio=method.ratio,
+            kd_estimator=config.kd_estimator,
+            support=config.kd_topk.support,
+            clamp_gradient=config.trrd.clamp_gradient,
+            tis=config.tis_cap > 0,
+            own_rollouts=method.sampler == "student",
+        )
+        parts = sizes.micro_batches
         self._update = make_update(
             student,
             optimizer,
             mesh,
-            objective=Objective(
-                ratio=method.ratio,
-                kd_estimator=config.kd_estimator,
-                support=config.kd_topk.support,
-                clamp_gradient=config.trrd.clamp_gradient,
-                tis=config.tis_cap > 0,
-                own_rollouts=method.sampler == "student",
-            ),
-            micro_batches=sizes.micro_batches,
+            objective=objective,
+            micro_batches=parts,
+            donate=checks is None,
             **head,
         )
+        self._probe = TeacherProbe(make_loss(student, objective=objective, **head), mesh, parts)
         self._beta = beta_schedule(**config.beta.to_dict())
         self._policy_coef = phase_schedule(config.policy_phases, 1.0)
 
@@ -209,27 +225,51 @@ class Learner:
         rewards: np.ndarray,
         scores: Scores,
         hyper: Hyper,
+        *,
+        probe: bool = False,
     ) -> tuple[TrainState, Metrics]:
         """`epochs` passes of `mini_batches` updates; metrics are their mean, still to come.
 
         Args:
           state: donated.
           rewards: outcome rewards `[P, G]`, on the host.
+          probe: measure "health/teacher_effect" first: the norm by which the gradient changes when
+            the teacher's values are shuffled, over that of the first update's gradient.
         """
+        c = self._config
         rewards_there = put_batch(self._mesh, rewards)
-        batch = self._fill_slots(rows, rollouts, rewards_there, scores, hyper.beta)
+        before = state.params
+        with jax.debug_nans(False):  # NaN says here that the teacher has no opinion
+            batch = self._fill_slots(rows, rollouts, rewards_there, scores, hyper.beta)
+        if self._checks:
+            self._checks.batch(batch, rows, rollouts)
         head = self._teacher_head if scores.teacher_hidden is not None else None
         used = rows.packing.used if rows.packing is not None else None
-        found = []
-        if self._config.optimizer.offload:
+        found: list[Metrics] = []
+        effect = None
+        if probe:  # before the state is donated
+            with jax.debug_nans(False):
+                other = self._fill_shuffled(rows, rollouts, rewards_there, scores, hyper.beta)
+                parts = [(take_part(batch, i), take_part(other, i)) for i in range(c.mini_batches)]
+            norms = [self._probe(state.params, *part, hyper, head, used) for part in parts]
+            effect = functools.reduce(jnp.maximum, norms)
+            del other, parts
+        if c.optimizer.offload:
             opt_state = in_memory("device", state.opt_state)
             state = dataclasses.replace(state, opt_state=opt_state)
-        for _ in range(self._config.epochs):
-            for index in range(self._config.mini_batches):
-                part = take_part(batch, index)
+        for _ in range(c.epochs):
+            for index in range(c.mini_batches):
+                with jax.debug_nans(False):
+                    part = take_part(batch, index)
                 state, metrics = self._update(state, part, hyper, head, used)
                 found.append(metrics)
-        return self.at_rest(state), found[0] if len(found) == 1 else _mean(found)
+        if self._checks:
+            frozen = self._teacher.params if self._teacher else None
+            self._checks.updated(before, state.params, found, frozen)
+        metrics = found[0] if len(found) == 1 else _mean(found)
+        if effect is not None:
+            metrics["health/teacher_effect"] = _share(effect, found[0]["gradient/norm"])
+        return self.at_rest(state), metrics
 
     def at_rest(self, state: TrainState) -> TrainState:
         """A state as it is kept between updates: by option with its moments in host memory."""
@@ -240,9 +280,14 @@ class Learner:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def take_part(batch: TrainBatch, index: int) -> TrainBatch:
-    """Mini-batch `index` of a batch with a leading axis."""
+def take_part(batch: Any, index: int) -> Any:
+    """Mini-batch `index` of a batch, or of some of its fields, with a leading axis."""
     return jax.tree.map(lambda x: x[index], batch)
+
+
+@jax.jit
+def _share(part: Array, whole: Array) -> Array:
+    return part / jnp.maximum(whole, jnp.finfo(whole.dtype).tiny)
 
 
 @jax.jit

@@ -120,6 +120,7 @@ class Planner:
         estimator = config.kd_estimator if sizes.method.kd else ""
         self._support = config.kd_topk.k if estimator == "topk" else 0
         self._full = self.teacher if estimator == "full" else None
+        self._probed = sizes.method.scores and config.health.teacher_every > 0
 
     def plan(self, levers: Levers) -> Plan:
         """Each phase at its worst moment. 'score' is there only if somebody is asked."""
@@ -235,7 +236,7 @@ class Planner:
         return max(found, key=lambda parts: sum(parts.values()), default={})
 
     def _updating(self, levers: Levers) -> Parts:
-        """See `make_update`: the loss, the backward pass, then AdamW."""
+        """See `make_update`: the loss, the backward pass, then AdamW. And `TeacherProbe`."""
         model, length, row = self.student, self._scored(levers), self._row(levers)
         rows = model.rows(levers.micro_batch)
         kept = rows * row / model.context * model.shape.num_layers * model.kept(levers.remat, row)
@@ -256,16 +257,21 @@ class Planner:
         }
         of_adamw = {"gradients": 2 * gradients}  # and the updates made of them
         always = {"batch": self._batch(levers, updating=True)}
+        of_probe: Parts = {}
+        if self._probed:  # sums beside the gradients, whatever the micro-batches; fields shuffled
+            shuffled = self._scores(length) + F32 * length
+            copies_of_them = 1 + 2 / self.config.mini_batches
+            rows_of_all = self.student.rows(self.sizes.rollouts)
+            of_probe = {**of_layers, "gradients": (2 if several else 3) * gradients}
+            of_probe["teacher's probe"] = rows_of_all * shuffled * copies_of_them
         if self.config.optimizer.offload:
             always["moments"] = model.moments()
-        return self._worst("student", always, of_loss, of_layers, of_adamw)
+        return self._worst("student", always, of_loss, of_layers, of_adamw, of_probe)
 
     def _batch(self, levers: Levers, updating: bool = False) -> float:
         """Rollouts, rows and scores; while updating also the batch, its part, and that split."""
         length, row = self._scored(levers), self._row(levers)
-        scores = F32 * 3 * length + 2 * F32 * self._support * length
-        if self._full:
-            scores += self._full.width * self._full.shape.hidden_size * length
+        scores = self._scores(length)
         found = 3 * F32 * row + 2 * F32 * length + scores
         if self._packed:  # which token is where
             found += F32 * (length + levers.max_new_tokens)
@@ -274,6 +280,13 @@ class Planner:
                 1 + 2 / self.config.mini_batches
             )
         return self.student.rows(self.sizes.rollouts) * found
+
+    def _scores(self, length: int) -> float:
+        """Bytes of a row's `Scores`."""
+        scores = F32 * 3 * length + 2 * F32 * self._support * length
+        if self._full:
+            scores += self._full.width * self._full.shape.hidden_size * length
+        return scores
 
     def _worst(self, where: str, always: Parts, *moments: Parts) -> Parts:
         worst = max(moments, key=lambda parts: sum(parts.values()))

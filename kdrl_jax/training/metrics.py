@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 import fcntl
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
+from kdrl_jax.training.safety import own_folder
+from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.types import UserError
 
-CLOCKED = ("time/", "tokens_per_s/", "perf/", "share/")
-"""How metrics begin that depend on the wall clock, or on the order in which slots were filled:
-the only ones in which two equal runs may differ."""
+CLOCKED = ("time/", "tokens_per_s/", "perf/", "share/", "verifier/")
+"""How metrics begin that depend on the wall clock, on the order in which slots were filled, or on
+what a process remembers: the only ones in which two equal runs may differ."""
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -48,39 +55,76 @@ class MetricsWriter:
     def __init__(self, workdir: Path, resume_step: int | None):
         self.path = workdir / "metrics.jsonl"
         kept = [] if resume_step is None else read_metrics(self.path, up_to=resume_step)
-        write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        write_atomic(self.path, "".join(json_line(row) for row in kept))
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(
-            str(workdir / "tensorboard"),
-            purge_step=None if resume_step is None else resume_step + 1,
-        )
+        # Written by this thread: tensorboardX's own waits for ever once its disk is full.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        if resume_step is not None:
+            begins = SessionLog(status=SessionLog.START)
+            self._add(Event(step=resume_step + 1, session_log=begins))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Append one line and flush it to the file."""
         row = {"step": step, **{k: _plain(v) for k, v in scalars.items()}}
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        with self._named():
+            self._file.write(json_line(row))
+            self._file.flush()
         for name, value in row.items():
-            if name != "step":
-                self._board.add_scalar(name, value, step)
+            if name != "step" and math.isfinite(value):
+                self._add(Event(step=step, summary=summary.scalar(name, value)))
+
+    def sync(self) -> None:
+        """Have what was written outlast a loss of power."""
+        with self._named():
+            os.fsync(self._file.fileno())
+        self._board.flush()
 
     def close(self) -> None:
         """Flush and close both files."""
-        self._file.close()
+        with self._named():
+            self._file.close()
         self._board.close()
+
+    def _add(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._board.write_event(event)
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            error.filename = error.filename or str(self.path)
+            raise
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row` with None for numbers that JSON has not: NaN and the infinities."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """A line of a metrics file; see `finite`."""
+    return json.dumps(finite(row), allow_nan=False) + "\n"
 
 
 def read_metrics(path: Path, up_to: int | None = None) -> list[dict[str, Any]]:
-    """The rows of a metrics file; a torn line and rows after step `up_to` are left out."""
+    """The rows of a metrics file; torn lines, others' bytes and rows after `up_to` are left out.
+
+    A number that was not finite, null in the file, is NaN.
+    """
     rows: list[dict[str, Any]] = []
     if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_bytes().split(b"\n"):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:  # UnicodeDecodeError is one
+                continue
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 continue
             if up_to is None or row["step"] <= up_to:
-                rows.append(row)
+                rows.append({k: math.nan if v is None else v for k, v in row.items()})
     return rows
 
 
@@ -91,9 +135,9 @@ def lock_folder(folder: Path) -> None:
     """Make `folder` and hold it for this process, until `unlock_folder` or the process ends.
 
     Raises:
-      UserError: another process holds it.
+      UserError: another process holds it, or anybody may write in it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    own_folder(folder, "--workdir or --output")
     if folder.resolve() in _LOCKS:  # left by an attempt that failed in this process
         return
     file = (folder / ".lock").open("w")
@@ -111,14 +155,6 @@ def unlock_folder(folder: Path) -> None:
     """Let other processes have `folder`."""
     if file := _LOCKS.pop(folder.resolve(), None):
         file.close()
-
-
-def write_atomic(path: Path, text: str) -> None:
-    """Replace a file's content in one step: a reader sees the old or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _plain(value: Any) -> float | int:
@@ -171,7 +207,7 @@ class Track:
         now = time.monotonic()
         if self._done == self._total or now - self._printed >= every_s:
             pace = (now - self._begun) / max(self._done - self._first, 1)
-            left = time.strftime("%H:%M:%S", time.gmtime(pace * (self._total - self._done)))
+            left = datetime.timedelta(seconds=round(pace * (self._total - self._done)))
             self._console.print(
                 f"{self._title} {self._done}/{self._total}  {text}  ETA {left}", markup=False
             )

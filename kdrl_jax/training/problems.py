@@ -103,7 +103,7 @@ def _read(
     path: str, data: ConfigDict, display: Display, report: dict[str, Any], what: str
 ) -> list[Problem]:
     problems, found = read_problems(path, data.fields, on_bad=data.on_bad)
-    if found.bad or found.notes:
+    if found.bad or found.notes or found.unpinned:
         display.say(str(found))
     report[what] = found.to_dict()
     return problems

@@ -22,9 +22,10 @@ from kdrl_jax.sharding import batch_parts, nearest_divisor, param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.checkpoints import abstract_params, find_params, restore_params, save_params
 from kdrl_jax.training.meshes import Meshes
-from kdrl_jax.training.metrics import Display, write_atomic
+from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.sft import Example, train_supervised
 from kdrl_jax.training.state import init_params
+from kdrl_jax.training.storage import sweep_partial, write_atomic
 from kdrl_jax.training.validation import Sizes
 from kdrl_jax.types import Params, Problem, UserError
 
@@ -192,7 +193,13 @@ def build_role(
     kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config, tokenizer)}"
     if role.sft.steps and kept.is_dir():
         display.say(f"{name}: from {kept}")
-        return keep_small(restore_params(kept, abstract_params(model, shardings, final)))
+        try:
+            with processes.together():
+                return keep_small(restore_params(kept, abstract_params(model, shardings, final)))
+        except UserError as error:  # it can be made again
+            display.say(f"{error.problems[0]}: making it again")
+    if role.sft.steps and processes.is_first():
+        sweep_partial(kept)
     if not role.path:
         params = init_params(model, jax.random.key(role.sft.seed), mesh)
     elif (Path(role.path) / "checkpoints").is_dir():

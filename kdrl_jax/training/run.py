@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
-import signal
 import time
 import uuid
 from collections.abc import Mapping
@@ -24,58 +22,23 @@ from kdrl_jax.models import ModelConfig
 from kdrl_jax.objectives import Trend
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collected
+from kdrl_jax.training.health import Health
 from kdrl_jax.training.memory_check import MemoryCheck, out_of_memory
 from kdrl_jax.training.metrics import (
     CompileCounter,
     Display,
     MetricsWriter,
+    finite,
     lock_folder,
     read_metrics,
-    write_atomic,
 )
 from kdrl_jax.training.performance import Ideal, Meter, speeds
+from kdrl_jax.training.provenance import add_provenance
 from kdrl_jax.training.roles import write_model_files
+from kdrl_jax.training.stopping import StopRequest
+from kdrl_jax.training.storage import storage_problem, sweep, write_atomic
 from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
-from kdrl_jax.types import Rollouts, Scores, TrainState, UserError
-
-
-class StopRequest:
-    """True after SIGTERM or the first Ctrl-C: finish the step, save, and leave.
-
-    A second Ctrl-C interrupts at once. Handlers are put back on exit; outside the main thread,
-    where none can be set, it stays False. Of several processes all stop after the same step,
-    whichever was told to: after the next `agree`.
-    """
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-        self._agreed = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        try:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._handle)
-        except ValueError:
-            pass
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def agree(self) -> None:
-        """Ask the other processes. All of them must call."""
-        self._agreed = processes.any_of(self.signal is not None)
-
-    def __bool__(self) -> bool:
-        alone = processes.count() == 1
-        return self._agreed or (alone and self.signal is not None)
+from kdrl_jax.types import Scores, TrainState, UserError
 
 
 def open_workdir(
@@ -94,9 +57,12 @@ def open_workdir(
 
     def begin() -> None:
         lock_folder(workdir)
+        for folder in (workdir, workdir / "model", workdir / "samples"):
+            sweep(folder)
         write_atomic(workdir / "config.json", to_json(config))
         write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
         write_model_files(workdir, shape, tokenizer, config.student.path)
+        add_provenance(workdir, config, data_report)
         if processes.count() > 1:
             write_atomic(nonce, uuid.uuid4().hex)
 
@@ -120,6 +86,7 @@ class Run:
       start: updates already made; lines of `metrics.jsonl` after it are dropped.
       data: digest of the problems, kept with each checkpoint.
       trend: of KL and reward up to `start`.
+      health: its watches up to `start`.
       memory: explains it when the devices run out of memory.
       meter: of the speed of a step.
     """
@@ -133,10 +100,11 @@ class Run:
         display: Display,
         data: str,
         trend: Trend,
+        health: Health,
         memory: MemoryCheck,
         meter: Meter,
     ):
-        self._data, self.trend = data, trend
+        self._data, self.trend, self._health = data, trend, health
         self._memory, self._meter, self._step = memory, meter, start or 0
         self.config, self.workdir, self.store = config, workdir, store
         self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
@@ -152,12 +120,19 @@ class Run:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._track.close()
-        if self._writer:
-            self._writer.close()
-        if processes.count() == 1 or not isinstance(error, JaxRuntimeError):
-            self.store.close()  # else a save may wait for a process that is lost
-        self.stopping.__exit__()  # until here a second signal does no harm
+        if error is not None and self.config.debug:
+            error.add_note(f"debug: in step {self._step + 1}, phase {self.clock.phase}")
+        try:
+            alone = processes.count() == 1
+            failed = self._close(wait=alone or not isinstance(error, JaxRuntimeError))
+        finally:
+            self.stopping.__exit__()  # until here a second signal does no harm
+        if error is None and failed:
+            error = failed[0]
+            if not storage_problem(error, self.workdir):
+                raise error
+        if problem := storage_problem(error, self.workdir):
+            raise UserError(problem, self.store.newest()) from error
         if error is not None and out_of_memory(error):
             # The state may have been donated: nothing can be saved any more.
             waiting = self._pending is not None and self.clock.phase == "update"
@@ -165,20 +140,36 @@ class Run:
             saved = self.store.latest_step()
             raise self._memory.explain(error, self.clock.phase, step, saved) from error
 
+    def _close(self, wait: bool) -> list[Exception]:
+        """Close all files, whichever of them fails; what failed.
+
+        Args:
+          wait: for a save under way, which may wait for a process that is lost.
+        """
+        failed = []
+        files = [self._track, self._writer, self.store if wait else None]
+        for file in files:
+            try:
+                if file:
+                    file.close()
+            except Exception as error:
+                failed.append(error)
+        return failed
+
     def step_done(
         self,
         step: int,
         metrics: Mapping[str, jax.Array],
         scalars: Mapping[str, float],
-        rollouts: Rollouts,
         found: Collected,
         scores: Scores,
     ) -> None:
         """Remember a step, whose `metrics` may not have been computed yet."""
-        numbers = {**scalars, **rollout_metrics(rollouts, found.verdicts, found.rewards)}
+        numbers = {**scalars, **rollout_metrics(found.rollouts, found.verdicts, found.rewards)}
         numbers |= self.clock.take()
         self._ideal = self._meter.ideal(found, scores)
         self._pending, self._step = (step, metrics, numbers), step
+        self.stopping.step_made()
         self.clock.phase = "rollout"
 
     def wait(self, then: str = "rollout") -> dict[str, float] | None:
@@ -211,14 +202,14 @@ class Run:
         step, _, _ = self._pending
         numbers |= speeds(self._ideal, numbers)
         self._pending = None
-        if not (math.isfinite(numbers["loss"]) and math.isfinite(numbers["gradient/norm"])):
-            saved = self.store.latest_step()
-            raise UserError(
-                f"step {step}: loss {numbers['loss']}, gradient norm {numbers['gradient/norm']}; "
-                f"lower optimizer.learning_rate or beta; the newest checkpoint is step {saved}"
-            )
         kl = numbers.get("kl/teacher", self.trend.kl)  # the last known where no teacher was asked
-        self.trend = self.trend.observe(kl, numbers["reward/mean"])
+        if not numbers["update/skipped"]:
+            self.trend = self.trend.observe(kl, numbers["reward/mean"])
+        alerts, lines = self._health.observe(step, numbers)
+        numbers |= alerts
+        for line in lines:
+            self.display.say(line)
+        self.stopping.unhealthy |= bool(self._health.stop)
         self._write(step, dict(sorted(numbers.items())))
         shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
         if "kl/teacher" in numbers:
@@ -232,6 +223,7 @@ class Run:
         self.clock.lap("eval")
         numbers = self.wait()
         if numbers is None:
+            self._health.observe(step, metrics)
             self._write(step, {**metrics, **self.clock.take()})
             self.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f}")
         else:
@@ -251,20 +243,26 @@ class Run:
     def save(self, step: int, state: TrainState, position: int, carried: str) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
         self.settle()
+        if self._writer:
+            self._writer.sync()
         meta = {"step": step, "seed": self.config.seed, "data_position": position}
         meta |= {"data": self._data, "trend": list(self.trend), "carried": carried}
+        meta |= {"health": self._health.to_json()}
         self.store.save(step, state, meta)
         self.clock.lap("checkpoint")
 
     def finish(self, step: int) -> dict[str, Any]:
         """Write and return `summary.json`; say in words how the run ended."""
         self.settle()
+        self.store.wait()  # only what is written has been finished
         self._track.close()
         rows = read_metrics(self.workdir / "metrics.jsonl")
         accuracy = [(r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r]
         summary: dict[str, Any] = {
             "steps": step,
             "finished": step == self.config.steps,
+            "health": self._health.summary(),
+            "stopped_by": self._health.stop if step < self.config.steps else "",
             "seconds": round(time.monotonic() - self._begun, 1),
             "compile/count": self.compiles.count,
             "compile/seconds": round(self.compiles.seconds, 1),
@@ -280,8 +278,7 @@ class Run:
             summary["eval/accuracy/first"] = accuracy[0][1]
             summary["eval/accuracy/last"] = accuracy[-1][1]
         if rows:
-            last = {k: v for k, v in rows[-1].items() if isinstance(v, float)}
-            summary["last"] = last
+            summary["last"] = finite({k: v for k, v in rows[-1].items() if isinstance(v, float)})
         if processes.is_first():
             write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._say_end(step, accuracy)
@@ -289,7 +286,15 @@ class Run:
 
     def _say_end(self, step: int, accuracy: list[tuple[int, float]]) -> None:
         say = self.display.say
-        if step < self.config.steps:
+        if self._health.stop and step < self.config.steps:
+            say(f"stopped by health: {self._health.stop}")
+            say(
+                f"stopped after step {step} and saved. The same command goes on, without "
+                "stopping for what it has stopped for; health.* may be changed. Keys that shape "
+                "the result need another --workdir, which may begin with these weights: "
+                f"--config.student.path={self.workdir}"
+            )
+        elif step < self.config.steps:
             say(f"stopped after step {step} and saved; run the same command again to continue")
         if accuracy:
             say(

@@ -19,8 +19,8 @@ from kdrl_jax.objectives import token_weights
 from kdrl_jax.sharding import put_batch
 from kdrl_jax.training.batch import to_rows
 from kdrl_jax.training.state import init_state, make_optimizer, make_schedule
-from kdrl_jax.training.step import make_hyper, make_update
-from kdrl_jax.types import Params, TrainBatch
+from kdrl_jax.training.step import Metrics, make_hyper, make_update
+from kdrl_jax.types import Params, TrainBatch, UserError
 
 Example = tuple[list[int], list[int]]
 """Prompt ids and completion ids, the end token included."""
@@ -50,6 +50,9 @@ def train_supervised(
 
     Returns:
       The trained weights.
+
+    Raises:
+      UserError: loss or gradient is not finite.
     """
     schedule = make_schedule(
         learning_rate, max(steps // 20, 1), "cosine", steps, floor=learning_rate / 10
@@ -80,11 +83,20 @@ def train_supervised(
         batch = supervised_batch(*put_batch(mesh, padded))
         state, metrics = update(state, batch, hyper)
         if previous is not None:  # one step late, so that the host prepares while devices work
-            report(-float(previous))
-        previous = metrics["log_probs/mean"]
+            _tell(report, previous)
+        previous = metrics
     if previous is not None:
-        report(-float(previous))
+        _tell(report, previous)
     return state.params
+
+
+def _tell(report: Callable[[float], None], metrics: Metrics) -> None:
+    if float(metrics["update/skipped"]):
+        raise UserError(
+            "supervised training: loss or gradient is not finite; lower sft.learning_rate of the "
+            "model that is being trained, student or teacher"
+        )
+    report(-float(metrics["log_probs/mean"]))
 
 
 def pad_examples(

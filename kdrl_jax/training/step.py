@@ -100,8 +100,8 @@ class Update:
     `state` is donated. See `make_update`.
     """
 
-    def __init__(self, update: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh):
-        self._update, self._mesh = update, mesh
+    def __init__(self, update: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh, donate: bool):
+        self._update, self._mesh, self._donated = update, mesh, (0,) if donate else ()
         self._jitted: Any = None
 
     def __call__(
@@ -131,29 +131,18 @@ class Update:
     def _program(self, state: TrainState) -> Any:
         if self._jitted is None:  # the state's own shardings are those that come out
             out = (state_shardings(self._mesh, state), replicated(self._mesh))
-            self._jitted = jax.jit(self._update, donate_argnums=0, out_shardings=out)
+            self._jitted = jax.jit(self._update, donate_argnums=self._donated, out_shardings=out)
         return self._jitted
 
 
-def make_update(
-    model: Any,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    objective: Objective = Objective(),  # noqa: B008 (immutable)
-    micro_batches: int,
-    valid_vocab: int,
-    chunk: int,
-) -> Update:
-    """The fused step: gradients of the loss of all micro-batches, then the optimizer.
+Loss = Callable[[Params, TrainBatch, Hyper, Array | None], tuple[Array, Metrics]]
 
-    The batch's weights carry all normalisation, so the loss is a sum over tokens: gradients and
-    metrics of the micro-batches add up, and how many there are changes nothing but memory. Only the
-    first `used` ones are run, where that is given.
+
+def make_loss(model: Any, *, objective: Objective, valid_vocab: int, chunk: int) -> Loss:
+    """The loss of some rows: `loss(params, rows, hyper, teacher_head) -> (scalar, metrics)`.
 
     Args:
       objective: see `Objective`.
-      micro_batches: divides the rows of a batch.
       valid_vocab, chunk: see `token_log_probs`.
     """
     loss_of = {"old": _joint_loss, "trrd": _trrd_loss}[objective.ratio]
@@ -197,6 +186,38 @@ def make_update(
             chunk=chunk,
         )
 
+    return loss_fn
+
+
+def make_update(
+    model: Any,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    objective: Objective = Objective(),  # noqa: B008 (immutable)
+    micro_batches: int,
+    valid_vocab: int,
+    chunk: int,
+    donate: bool = True,
+) -> Update:
+    """The fused step: gradients of the loss of all micro-batches, then the optimizer.
+
+    The batch's weights carry all normalisation, so the loss is a sum over tokens: gradients and
+    metrics of the micro-batches add up, and how many there are changes nothing but memory. Only the
+    first `used` ones are run, where that is given.
+
+    Where loss, gradient or the step that AdamW makes of it is not finite the state comes out as it
+    went in, its counters included, and "update/skipped" is 1, else 0: on all devices alike, for
+    these are sums over all of them.
+
+    Args:
+      objective: see `Objective`.
+      micro_batches: divides the rows of a batch.
+      valid_vocab, chunk: see `token_log_probs`.
+      donate: whether the state that comes in is given up; NaNs can be traced only where it is not.
+    """
+    loss_fn = make_loss(model, objective=objective, valid_vocab=valid_vocab, chunk=chunk)
+
     def update(
         state: TrainState,
         batch: TrainBatch,
@@ -222,11 +243,17 @@ def make_update(
             grads, metrics = jax.lax.fori_loop(0, passes, accumulate, zeros)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics["gradient/norm"] = optax.global_norm(grads)
-        metrics["params/update_norm"] = optax.global_norm(updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        norm, change = optax.global_norm(grads), optax.global_norm(updates)
+        sound = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & jnp.isfinite(change)
+        # A choice element by element, which fuses with AdamW's: no copy of the state is made.
+        new = TrainState(state.step + 1, params, opt_state)
+        new = jax.tree.map(lambda new, old: jnp.where(sound, new, old), new, state)
+        metrics["gradient/norm"] = norm
+        metrics["params/update_norm"] = jnp.where(sound, change, 0.0)
+        metrics["update/skipped"] = jnp.where(sound, 0.0, 1.0)
+        return new, metrics
 
-    return Update(update, mesh)
+    return Update(update, mesh, donate)
 
 
 def _joint_loss(

@@ -12,9 +12,10 @@ import jax
 import numpy as np
 
 from kdrl_jax.data import Tokenizer
+from kdrl_jax.rollout.repetition import repeats
 from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.evaluation import completion_texts
-from kdrl_jax.training.metrics import write_atomic
+from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.types import FINISH_LENGTH, OUTCOMES, Rollouts, Verdict
 
 
@@ -48,6 +49,9 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Rewards, verdicts and lengths of one step.
 
+    "length/repetition_frac" is the share of all responses that were cut while they repeated
+    themselves: those that end by themselves are not looked at.
+
     Args:
       rollouts: host arrays.
       rewards: [P, G]; verdicts: the same in order, flat.
@@ -55,6 +59,8 @@ def rollout_metrics(
     lengths, finish = rollouts.lengths, rollouts.finish_reason
     counts = collections.Counter(v.outcome for v in verdicts)
     group = rewards.mean(axis=1)
+    cut = np.argwhere(finish == FINISH_LENGTH)
+    loops = sum(repeats(rollouts.tokens[p, g, : lengths[p, g]].tolist()) for p, g in cut)
     return {
         "reward/mean": float(rewards.mean()),
         "reward/all_right_frac": float((group == 1).mean()),
@@ -62,7 +68,8 @@ def rollout_metrics(
         **{f"reward/{name}_frac": counts[name] / len(verdicts) for name in OUTCOMES},
         "length/mean": float(lengths.mean()),
         "length/max": float(lengths.max()),
-        "length/truncated_frac": float((finish == FINISH_LENGTH).mean()),
+        "length/truncated_frac": len(cut) / finish.size,
+        "length/repetition_frac": loops / finish.size,
     }
 
 

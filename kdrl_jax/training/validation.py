@@ -28,6 +28,8 @@ from kdrl_jax.objectives import (
     phase_schedule,
 )
 from kdrl_jax.tasks.registry import get_task, task_args
+from kdrl_jax.training.health import THRESHOLDS, WATCHES
+from kdrl_jax.training.safety import safety_problems, server_problems, without_secrets
 from kdrl_jax.types import UserError
 
 ROLES = ("student", "teacher")
@@ -58,7 +60,7 @@ _AT_LEAST_ONE = (
     *("steps", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
     *("micro_batch", "logprob_chunk", "reward.workers", "eval.problems", "eval.samples"),
     *("eval.batch", "checkpoint.every", "checkpoint.keep", "data.max_prompt_tokens", "data.size"),
-    *("mini_batches", "epochs", "kd_topk.k", "rollout.server.concurrency"),
+    *("mini_batches", "epochs", "kd_topk.k", "rollout.server.concurrency", "health.window"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("batch_size", "problems")),
     *(f"{role}.shape.{key}" for role in ROLES for key in SHAPE),
 )
@@ -71,7 +73,7 @@ _NOT_NEGATIVE = (
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
     *(f"{role}.shape.vocab_size" for role in ROLES),
-    *("optimizer.b1", "optimizer.b2"),
+    *("optimizer.b1", "optimizer.b2", "health.teacher_every", *THRESHOLDS),
 )
 _POSITIVE = (
     *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
@@ -82,9 +84,9 @@ _POSITIVE = (
 # Keys that may change between a run and its resumption; all others shape the result.
 RESUMABLE_CHANGES = (
     *("steps", "checkpoint.", "samples.", "cache_dir", "micro_batch", "process_timeout_s"),
-    *("mesh.", "teacher_mesh.", "rollout_mesh."),
-    *("reward.workers", "logprob_chunk", "rollout.slots", "memory_gib"),
-    *("optimizer.offload", "teacher.offload", "rollout.server."),
+    *("mesh.", "teacher_mesh.", "rollout_mesh.", "health.", "rollout.slots", "rollout.server."),
+    *("reward.workers", "logprob_chunk", "memory_gib", "optimizer.offload", "teacher.offload"),
+    *("offline", "debug"),
     *(f"{role}.remat" for role in ROLES),
 )
 
@@ -127,7 +129,7 @@ def validate(
     usable = {k: flat[k] if type(flat.get(k)) is type(v) else v for k, v in known.items()}
     problems += [*_value_problems(usable), *_combination_problems(usable, sources)]
     if problems:
-        raise UserError(*problems)
+        raise UserError(*without_secrets(problems, flat))
     temperature = flat["logprob_temperature"]
     rollouts = flat["rollout.prompts_per_step"] * flat["rollout.group_size"]
     return Sizes(
@@ -165,15 +167,16 @@ def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
         (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
         (_NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         (_POSITIVE, lambda v: v > 0, "must be positive"),
-        (("rollout.top_p", "rollout.min_p"), lambda v: v <= 1, "must be at most 1"),
+        (("rollout.top_p", "rollout.min_p", "trrd.alpha"), lambda v: v <= 1, "must be at most 1"),
         (("seed",), lambda v: v < 2**32, "must be below 2**32"),
         (("optimizer.b1", "optimizer.b2"), lambda v: v < 1, "must be below 1"),
-        (("trrd.alpha",), lambda v: v <= 1, "must be at most 1"),
     ]
     for keys, holds, rule in checks:
         for key in keys:
             if not holds(flat[key]):
                 yield f"{key}: {flat[key]!r} {rule}"
+    for name in [x for x in flat["health.stop"] if x not in ("all", *WATCHES)]:
+        yield f"health.stop: {name!r} is none of 'all', {', '.join(map(repr, WATCHES))}"
     temperature = flat["logprob_temperature"]
     if temperature != "rollout":
         try:
@@ -210,7 +213,8 @@ def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
     if flat["objective"] in METHODS:
         yield from _method_problems(flat, METHODS[flat["objective"]])
         if flat["rollout.server.url"]:
-            yield from _server_problems(flat, METHODS[flat["objective"]])
+            yield from server_problems(flat, METHODS[flat["objective"]])
+    yield from safety_problems(flat)
     yield from _size_problems(flat)
     if sources:
         yield from _source_problems(flat)
@@ -277,27 +281,6 @@ def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
             f"{key}: {flat[key]!r} compares with the sampler's log-probs, which are at "
             f"rollout.temperature, not at logprob_temperature={flat['logprob_temperature']!r}; "
             "use 'rollout'"
-        )
-
-
-def _server_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
-    url = flat["rollout.server.url"]
-    if not url.startswith(("http://", "https://")):
-        yield f"rollout.server.url: {url!r} must begin with http:// or https://"
-    if flat["rollout.server.kind"] == "vllm" and not flat["rollout.server.model"]:
-        yield (
-            "rollout.server.model: empty; give the name that vLLM serves the student by: what "
-            "follows `vllm serve`, or its --served-model-name"
-        )
-    if flat["rollout.carry"]:
-        yield (
-            f"rollout.carry: {flat['rollout.carry']}, but a server cannot go on with partial "
-            "rollouts; set it to 0, or rollout.server.url=''"
-        )
-    if method.sampler == "teacher":
-        yield (
-            f"rollout.server.url: {url!r}, but objective={flat['objective']!r} samples from the "
-            "teacher, and a server is given the student's weights; leave it empty"
         )
 
 

@@ -1,0 +1,122 @@
+"""SIGTERM ends a command at once until a step has been made, even within what holds no handler."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from kdrl_jax.training import stopping
+from kdrl_jax.training.stopping import EXIT_STOPPED, EndAtOnce, StopRequest
+
+ROOT = Path(__file__).resolve().parent.parent
+START = """
+import hashlib, sys, threading, time
+from kdrl_jax.training import stopping
+from kdrl_jax.training.stopping import EndAtOnce, StopRequest
+"""
+
+
+def told(code):
+    """Runs `code`, sends SIGTERM once it has printed a line, and returns code and stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", START + code],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert process.stdout.readline() == "ready\n", process.stderr.read()
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return process.returncode, err
+
+
+def test_before_a_step_the_command_ends_cleanly():
+    code = """
+with EndAtOnce():
+    try:
+        print("ready", flush=True)
+        time.sleep(50)
+    finally:
+        print("tidied", file=sys.stderr)
+"""
+    found, err = told(code)
+    assert found == EXIT_STOPPED
+    assert err == "stopped before a step was made; run the same command again\ntidied\n"
+
+
+def test_what_lets_no_handler_run_is_ended_as_well():
+    """A call that keeps the main thread for an hour, as compiling does for minutes: Python's
+    handlers wait for its end."""
+    code = """
+stopping.GRACE_S = 0.2
+with EndAtOnce():
+    threading.Timer(0.5, lambda: print("ready", flush=True)).start()  # from within the call
+    hashlib.pbkdf2_hmac("sha512", b"", b"", 2**31 - 1)
+"""
+    assert told(code) == (EXIT_STOPPED, "")
+
+
+def test_after_a_step_it_is_the_runs_to_save():
+    code = """
+stopping.GRACE_S = 0.2
+with EndAtOnce(), StopRequest() as stop:
+    stop.step_made()
+    print("ready", flush=True)
+    while not stop:
+        time.sleep(0.01)
+    time.sleep(1)
+    print("saved", file=sys.stderr)
+"""
+    assert told(code) == (0, "saved\n")
+
+
+def test_within_a_run_before_its_first_step():
+    def run():
+        with EndAtOnce(), StopRequest():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+
+    with pytest.raises(SystemExit, match=str(EXIT_STOPPED)):
+        run()
+
+
+def test_without_it_a_run_is_asked_to_stop():
+    with StopRequest() as stop:
+        assert not stop
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert stop
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with EndAtOnce() as now:
+        assert signal.getsignal(signal.SIGTERM) != before
+        assert EndAtOnce.current is now
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert EndAtOnce.current is None
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_in_another_thread_it_does_nothing():
+    found = []
+
+    def run():
+        with EndAtOnce():
+            found.append(stopping.EndAtOnce.current)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [None]
