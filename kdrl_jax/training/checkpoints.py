@@ -17,12 +17,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-import tensorstore
 
 from kdrl_jax import processes
 from kdrl_jax.models import hf_table
 from kdrl_jax.models.hf_files import limit_lines
 from kdrl_jax.sharding import path_name
+from kdrl_jax.training import tensorstore_leaks
 from kdrl_jax.training.integrity import (
     CHECKSUMS,
     META,
@@ -52,9 +52,7 @@ class CheckpointStore:
 
     def __init__(self, workdir: Path, keep: int = 3):
         logging.getLogger("absl").setLevel(logging.CRITICAL)
-        # Orbax asks for these numbers four times a save, for a log that is off; TensorStore (up to
-        # 0.1.86 at least) never frees what it answers, 4 kB each time.
-        tensorstore.experimental_collect_matching_metrics = lambda *_, **__: []
+        tensorstore_leaks.avoid()
         self.folder = (workdir / "checkpoints").resolve()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,

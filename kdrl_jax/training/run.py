@@ -23,6 +23,7 @@ from kdrl_jax.objectives import Trend
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.health import Health
+from kdrl_jax.training.host_memory import give_back
 from kdrl_jax.training.memory_check import MemoryCheck, out_of_memory
 from kdrl_jax.training.metrics import (
     CompileCounter,
@@ -249,6 +250,7 @@ class Run:
         meta |= {"data": self._data, "trend": list(self.trend), "carried": carried}
         meta |= {"health": self._health.to_json()}
         self.store.save(step, state, meta)
+        give_back()
         self.clock.lap("checkpoint")
 
     def finish(self, step: int) -> dict[str, Any]:
