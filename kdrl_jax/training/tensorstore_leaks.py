@@ -22,7 +22,7 @@ def avoid() -> None:
     spec = tensorstore.KvStore.Spec
     if spec.to_json is not _to_json:
         _originals["to_json"] = spec.to_json
-        spec.to_json = _to_json
+        spec.to_json = _to_json  # type: ignore[method-assign]
 
 
 _originals: dict[str, Any] = {}
