@@ -108,9 +108,9 @@ def test_last_boxed(text: str, expected: str | None) -> None:
     ids=range(9),
 )
 def test_huge_texts_take_linear_time(text: str) -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     assert grade(text, "9" * 10).reward == 0
-    assert time.perf_counter() - started < 3
+    assert time.process_time() - started < 3
 
 
 # --- Equivalences ------------------------------------------------------------------------------
