@@ -109,6 +109,9 @@ def loops(
         m["policy/clip_frac"] += w * ((adv > 0 and rho > 1 + high) or (adv < 0 and rho < 1 - low))
         m["weights/sum"] += w
         m["kd/active_frac"] += kd_w
+        m["kl/distilled_sum"] += w * ell * (kd_w != 0)
+        m["kl/masked_sum"] += w * ell * (kd_w == 0)
+        m["kd/masked_frac"] += w * (kd_w == 0)
         for k, value in estimates.items():
             m[{"k1": "kl/teacher"}.get(k, f"kl/teacher_{k}")] += w * value
     m["loss"] = sum(x for name, x in m.items() if name.startswith("loss/"))
@@ -363,6 +366,8 @@ def test_masked_tokens_do_not_exist(rng, kd_estimator, poison):
     jax.tree.map(np.testing.assert_array_equal, (loss, gradients), (clean[0][0], clean[1]))
     ell = np.where(no_kd, 0, log_probs - batch["teacher_log_probs"])
     np.testing.assert_allclose(metrics["kl/teacher"], (batch["weights"] * ell).sum(), rtol=1e-4)
+    np.testing.assert_allclose(metrics["kl/distilled_sum"], metrics["kl/teacher"], rtol=1e-4)
+    assert metrics["kl/masked_sum"] == metrics["kd/masked_frac"] == 0
 
 
 @pytest.mark.parametrize("name", ["log_probs", "old", "teacher", "advantages"])

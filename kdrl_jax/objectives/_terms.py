@@ -224,6 +224,32 @@ def _teacher_kl(log_probs: Tokens, teacher: Tokens, weights: Tokens) -> Metrics:
     return {key: jnp.sum(weights * ESTIMATORS[k](log_ratio, one)) for k, key in names.items()}
 
 
+def kl_by_mask(inputs: LossInputs) -> Metrics:
+    """`kl/teacher` in two parts: of the tokens that are distilled, and of those masked from it.
+
+    Sums, as all metrics: a mean over the tokens of a part is its sum by its share.
+
+    Returns:
+      "kl/distilled_sum" Σ w·ℓ where w_kd ≠ 0 and "kl/masked_sum" where it is 0; "kd/masked_frac"
+      Σ w of the latter. Tokens without a finite teacher log-prob are in neither.
+    """
+    teacher = inputs.teacher
+    assert teacher is not None
+    scored = inputs.trained & jnp.isfinite(teacher)
+    distilled = scored & (inputs.kd_weights != 0)
+    masked = scored & (inputs.kd_weights == 0)
+
+    def total(part: Bool[Array, "..."]) -> Scalar:
+        log_ratio = keep(part, inputs.log_probs) - keep(part, teacher)
+        return jnp.sum(inputs.weights * log_ratio)
+
+    return {
+        "kl/distilled_sum": total(distilled),
+        "kl/masked_sum": total(masked),
+        "kd/masked_frac": jnp.sum(keep(masked, inputs.weights)),
+    }
+
+
 def _reference_k3(inputs: LossInputs, used: Bool[Array, "..."], ratio: Tokens) -> Tokens:
     assert inputs.reference is not None
     log_ratio = keep(used, inputs.log_probs) - keep(used, inputs.reference)

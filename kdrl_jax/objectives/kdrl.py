@@ -11,6 +11,7 @@ from kdrl_jax.objectives._terms import (
     Tokens,
     finish_loss,
     keep,
+    kl_by_mask,
     read_batch,
     scalar,
     truncated_weights,
@@ -134,6 +135,8 @@ def kdrl_loss(
         "policy/clip_frac": jnp.sum(weights * clipped),
         "kd/active_frac": jnp.sum(inputs.kd_weights),
     }
+    if inputs.teacher is not None:
+        metrics |= kl_by_mask(inputs)
     return finish_loss(
         policy_loss,
         kd_loss,

@@ -1,0 +1,1 @@
+"""The page about runs: what is read of them, which panels there are, and how they look."""

@@ -1,0 +1,131 @@
+"""Which metrics a report draws, and how they are put together."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """A chart: one metric or a few of one unit, drawn for every run that has them.
+
+    Attributes:
+      series: metric → what it is called beside the others of the panel.
+      unit: of the vertical axis.
+      share: whether the axis goes from 0 to 1.
+    """
+
+    title: str
+    series: dict[str, str]
+    unit: str = ""
+    share: bool = False
+
+
+def panel(title: str, *metrics: str, **options: Any) -> Panel:
+    """A panel of one metric, or of several given as "metric=name"."""
+    parts = (metric.partition("=") for metric in metrics)
+    return Panel(title, {metric: name for metric, _, name in parts}, **options)
+
+
+GROUPS: dict[str, tuple[Panel, ...]] = {
+    "Learning": (
+        panel("Held-out accuracy", "eval/accuracy", share=True),
+        panel("Reward of rollouts", "reward/mean=trained on", "reward/drawn_mean=drawn"),
+        panel(
+            "Groups whose rewards are all equal",
+            "reward/all_right_frac=all right",
+            "reward/all_wrong_frac=all wrong",
+            unit="share of groups",
+            share=True,
+        ),
+        panel(
+            "Responses without a usable answer",
+            "reward/format_frac=wrong format",
+            "reward/unparsable_frac=unparsable",
+            "reward/timeout_frac=timed out",
+            unit="share of responses",
+        ),
+    ),
+    "Distillation": (
+        panel(
+            "KL(student‖teacher)",
+            "kl/teacher=k1",
+            "kl/teacher_k3=k3",
+            unit="nats per token",
+        ),
+        panel(
+            "KL by mask",
+            "kl/distilled=tokens that are distilled",
+            "kl/masked=tokens masked from it",
+            unit="nats per token",
+        ),
+        panel("β", "beta"),
+        panel("Distilled", "kd/active_frac", unit="share of weight", share=True),
+        panel("Log-ratios clamped by TRRD", "trrd/clamped_frac", unit="share", share=True),
+        panel("Gradient's change with a shuffled teacher", "health/teacher_effect", unit="share"),
+    ),
+    "Policy": (
+        panel("Entropy", "entropy/mean", unit="nats per token"),
+        panel("Clip ratio", "policy/clip_frac", unit="share of weight"),
+        panel("Importance ratio", "policy/ratio_mean", unit="mean"),
+        panel("KL(sampler‖trainer)", "mismatch/kl", unit="nats per token"),
+        panel("KL(student‖initial student)", "kl/reference", unit="nats per token"),
+        panel("Gradient norm", "gradient/norm", unit="before clipping"),
+        panel("Loss", "loss=all terms", "loss/policy=policy", "loss/kd=distillation"),
+        panel("Updates skipped", "update/skipped", unit="share"),
+    ),
+    "Length": (
+        panel("Response length", "length/mean=mean", "length/max=longest", unit="tokens"),
+        panel(
+            "Responses cut at the limit",
+            "length/truncated_frac=cut",
+            "length/repetition_frac=cut while repeating",
+            unit="share of responses",
+        ),
+    ),
+    "Throughput": (
+        panel(
+            "Tokens per second",
+            "tokens_per_s/rollout=rollout",
+            "tokens_per_s/update=update",
+            "tokens_per_s/total=whole step",
+            unit="tokens/s",
+        ),
+        panel(
+            "Use of the devices",
+            "perf/mfu_update=MFU of updates",
+            "perf/mfu_score=MFU of scoring",
+            "perf/decode_roofline=decoding, of its roofline",
+            unit="share of peak",
+        ),
+        panel("Slots in use while decoding", "perf/slot_use", unit="share", share=True),
+        panel(
+            "Partial rollouts",
+            "rollout/carried_frac=problems begun before",
+            "rollout/stale_frac=tokens drawn before",
+            unit="share",
+        ),
+        panel("Rollout batches a step", "rollout/batches", unit="batches"),
+    ),
+}
+
+
+def panels_of(metrics: Iterable[str]) -> list[dict[str, Any]]:
+    """The groups with what they have to show, as JSON: panels without any of `metrics` are out."""
+    found, known = [], set(metrics)
+    for title, panels in GROUPS.items():
+        shown = [
+            dataclasses.asdict(p) | {"series": {m: n for m, n in p.series.items() if m in known}}
+            for p in panels
+            if known & p.series.keys()
+        ]
+        if shown:
+            found.append({"title": title, "panels": shown})
+    return found
+
+
+def drawn_metrics() -> set[str]:
+    """All metrics that any panel has."""
+    return {metric for panels in GROUPS.values() for p in panels for metric in p.series}
