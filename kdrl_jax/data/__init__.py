@@ -13,20 +13,30 @@ from kdrl_jax.data.hf_tokenizer import HFTokenizer
 from kdrl_jax.data.problems import ReadReport, load_problems, read_problems
 from kdrl_jax.data.prompts import (
     PROMPT_STYLES,
+    Content,
     PromptReport,
     PromptStyle,
+    encode_content,
     encode_prompt,
     encode_prompts,
+    find_style,
     pad_prompts,
 )
 from kdrl_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
-from kdrl_jax.data.tokenizer import Message, Tokenizer, check_tokenizer_pair, load_tokenizer
+from kdrl_jax.data.tokenizer import (
+    Message,
+    Tokenizer,
+    check_tokenizer_pair,
+    load_tokenizer,
+    token_pieces,
+)
 
 __all__ = [
     "PROMPT_STYLES",
     "STAGE2_FILTERS",
     "ZERO_RL_STUDENT_FILTERS",
     "ZERO_RL_TEACHER_FILTERS",
+    "Content",
     "FilterReport",
     "HFTokenizer",
     "Message",
@@ -38,11 +48,14 @@ __all__ = [
     "Tokenizer",
     "apply_filters",
     "check_tokenizer_pair",
+    "encode_content",
     "encode_prompt",
     "encode_prompts",
+    "find_style",
     "load_problems",
     "load_tokenizer",
     "pad_prompts",
     "parse_filters",
     "read_problems",
+    "token_pieces",
 ]

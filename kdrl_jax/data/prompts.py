@@ -6,13 +6,22 @@ A prompt is never cut: one that is too long is left out, counted and reported.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import difflib
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 from kdrl_jax import processes
-from kdrl_jax.data.tokenizer import Tokenizer
+from kdrl_jax.config import load_attribute
+from kdrl_jax.data.tokenizer import Message, Tokenizer
 from kdrl_jax.types import Problem, Prompts, UserError
+
+KEY = "data.prompt_style"
+SLOT = "{problem}"
+Content = str | list[Message]
+"""What a model is given: the beginning of a text, or a conversation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,10 +30,16 @@ class PromptStyle:
 
     suffix: what follows the problem's text.
     chat: whether that is a user's turn in the chat template, or the beginning of a text.
+    prefix: what comes before it.
     """
 
     suffix: str
     chat: bool
+    prefix: str = ""
+
+    def __call__(self, problem: Problem) -> Content:
+        text = self.prefix + problem.problem + self.suffix
+        return [{"role": "user", "content": text}] if self.chat else text
 
 
 PROMPT_STYLES = {
@@ -38,6 +53,82 @@ PROMPT_STYLES = {
     "chat": PromptStyle("", chat=True),
     "plain": PromptStyle("", chat=False),
 }
+
+
+def find_style(style: str) -> Callable[[Problem], Content]:
+    """How problems are put to the model.
+
+    Args:
+      style: a name in PROMPT_STYLES; 'chat:…{problem}…' or 'plain:…{problem}…', a template, in
+        which nothing else is replaced; or 'module:function' of the user's own, which is called
+        with the problem's text, and with its other columns if it takes `meta`, and returns
+        messages for the chat template or a text to go on with.
+
+    Raises:
+      UserError: none of these, or a function that cannot be imported or called so.
+    """
+    if style in PROMPT_STYLES:
+        return PROMPT_STYLES[style]
+    kind, colon, rest = style.partition(":")
+    if SLOT in style:
+        if kind not in ("chat", "plain") or rest.count(SLOT) != 1:
+            raise UserError(
+                f"{KEY}: {style!r} is no template; write 'chat:…{SLOT}…' for a user's turn or "
+                f"'plain:…{SLOT}…' for the beginning of a text, with {SLOT} once"
+            )
+        before, _, after = rest.partition(SLOT)
+        return PromptStyle(after, kind == "chat", before)
+    if not colon:
+        names = ", ".join(PROMPT_STYLES)
+        near = difflib.get_close_matches(style, PROMPT_STYLES, n=1, cutoff=0.5)
+        raise UserError(
+            f"{KEY}: {style!r} is unknown; use one of {names}"
+            + (f" (the nearest is {near[0]!r})" if near else "")
+        )
+    if kind in ("chat", "plain"):
+        raise UserError(f"{KEY}: {style!r} has no {SLOT}, where the problem's text goes; add it")
+    return _own_style(style)
+
+
+def _own_style(style: str) -> Callable[[Problem], Content]:
+    function = load_attribute(KEY, style, callable, "functions")
+    if not callable(function):
+        raise UserError(f"{KEY}: {style!r} is no function but {function!r}; name another")
+    try:
+        parameters = inspect.signature(function).parameters
+        keywords: dict[str, Any] = {"meta": {}} if "meta" in parameters else {}
+        inspect.signature(function).bind("", **keywords)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{KEY}: {style!r} cannot be called with a problem's text ({error}); make it "
+            "function(problem) or function(problem, meta)"
+        ) from error
+
+    def content(problem: Problem) -> Content:
+        try:
+            found = function(problem.problem, **({"meta": problem.meta} if keywords else {}))
+        except Exception as error:
+            raise UserError(
+                f"{KEY}: {style!r} raised {type(error).__name__}: {error}, for problem "
+                f"{problem.id}; mend it"
+            ) from error
+        if not isinstance(found, str) and not _is_conversation(found):
+            raise UserError(
+                f"{KEY}: {style!r} returned {found!r:.80}, for problem {problem.id}; return a text "
+                "or [{'role': 'user', 'content': text}]"
+            )
+        return found
+
+    return content
+
+
+def _is_conversation(found: Any) -> bool:
+    return (
+        isinstance(found, list)
+        and bool(found)
+        and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in found)
+        and all(isinstance(turn["content"], str) for turn in found)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +154,16 @@ def encode_prompts(
     Of several processes each tokenises its share, and all have the result.
 
     Args:
-      style: a name in PROMPT_STYLES.
+      style: see `find_style`.
       max_tokens: of a whole prompt, the chat template's tokens included.
 
     Raises:
-      UserError: an unknown style, or one that needs a chat template where there is none.
+      UserError: see `find_style` and `encode_content`; what a function of the user's own raises.
     """
     count = processes.count()
-    own = [encode_prompt(x, tokenizer, style) for x in problems[processes.index() :: count]]
+    content = find_style(style)
+    share = problems[processes.index() :: count]
+    own = [encode_content(content(problem), tokenizer) for problem in share]
     everyone = processes.gather_rows(own) if count > 1 else [own]
     encoded = ((x, everyone[i % count][i // count]) for i, x in enumerate(problems))
     kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_tokens]
@@ -79,13 +172,18 @@ def encode_prompts(
 
 def encode_prompt(problem: Problem, tokenizer: Tokenizer, style: str) -> list[int]:
     """The token ids of one problem's prompt, the chat template's included; see `encode_prompts`."""
-    if style not in PROMPT_STYLES:
-        names = ", ".join(PROMPT_STYLES)
-        raise UserError(f"data.prompt_style: {style!r} is unknown; use one of {names}")
-    text = problem.problem + PROMPT_STYLES[style].suffix
-    if PROMPT_STYLES[style].chat:
-        return tokenizer.chat([{"role": "user", "content": text}])
-    return [*tokenizer.start_ids, *tokenizer.encode(text)]
+    return encode_content(find_style(style)(problem), tokenizer)
+
+
+def encode_content(content: Content, tokenizer: Tokenizer) -> list[int]:
+    """The token ids of a text that is to go on, or of a conversation that waits for an answer.
+
+    Raises:
+      UserError: a conversation, where the tokenizer has no chat template.
+    """
+    if isinstance(content, str):
+        return [*tokenizer.start_ids, *tokenizer.encode(content)]
+    return tokenizer.chat(content)
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], buckets: Sequence[int], pad_id: int) -> Prompts:

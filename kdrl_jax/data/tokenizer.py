@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol, TypedDict, runtime_checkable
@@ -115,3 +116,26 @@ def check_tokenizer_pair(student: Tokenizer, teacher: Tokenizer) -> None:
         f"{'unknown' if other is None else repr(other)} to the teacher's "
         f"({len(differing)} of {len(ours)} differ); use a teacher with the student's vocabulary"
     )
+
+
+def token_pieces(tokenizer: Tokenizer, ids: Sequence[int], text: str) -> list[str] | None:
+    """What each token adds to `text`, the text of all `ids`: pieces that join to it.
+
+    A character made of several tokens is the last one's, and the others' pieces are empty, as are
+    those of special tokens.
+
+    Returns:
+      A piece for each id; None where the tokenizer's text is not a sum of what its tokens say.
+    """
+    # Decoded behind their predecessors, for some tokenizers drop the space a text begins with.
+    # Whoever ends on U+FFFD may be part of a character: it waits for the others.
+    decode = functools.lru_cache(maxsize=None)(lambda window: tokenizer.decode(list(window)))
+    pieces, before, begin = [""] * len(ids), 0, 0
+    for i in range(len(ids)):
+        known = decode(tuple(ids[before:begin]))
+        now = decode(tuple(ids[before : i + 1]))
+        if i + 1 < len(ids) and (now.endswith("\N{REPLACEMENT CHARACTER}") or now == known):
+            continue
+        pieces[i] = now[len(known) :]
+        before, begin = begin, i + 1
+    return pieces if "".join(pieces) == text else None

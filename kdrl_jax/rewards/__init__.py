@@ -6,10 +6,21 @@ r"""Outcome rewards: format and accuracy.
 
 The response's last `\boxed{}` is compared with the gold answer: first as strings, words and plain
 numbers here (`math_answer`), then by math-verify in processes that can be killed (`pool`). Tasks
-that are not mathematics bring a verifier: `Grader(verify=…)`.
+that are not mathematics bring a verifier: `Grader(verify=…)`. Functions of the user's own may add
+to the reward, never to the verdict (`functions`).
 """
 
 from kdrl_jax.rewards.format import has_format, last_boxed
+from kdrl_jax.rewards.functions import OwnReward, RewardFunctions, parse_functions
 from kdrl_jax.rewards.pool import Grader, Verifier, grade
 
-__all__ = ["Grader", "Verifier", "grade", "has_format", "last_boxed"]
+__all__ = [
+    "Grader",
+    "OwnReward",
+    "RewardFunctions",
+    "Verifier",
+    "grade",
+    "has_format",
+    "last_boxed",
+    "parse_functions",
+]

@@ -11,13 +11,10 @@ from __future__ import annotations
 import collections
 import functools
 import json
-import os
-import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from kdrl_jax.rewards.format import final_answer
@@ -29,7 +26,7 @@ from kdrl_jax.rewards.math_answer import (
     too_deep,
     without_unit,
 )
-from kdrl_jax.rewards.supervisor import Counts, Request, Supervisor, kill_all
+from kdrl_jax.rewards.supervisor import Counts, Request, Supervisor, kill_all, worker_command
 from kdrl_jax.types import Outcome, UserError, Verdict
 
 REMEMBERED = 10_000  # verdicts of earlier comparisons
@@ -73,10 +70,8 @@ class Grader:
             raise ValueError(f"need workers >= 1 and timeout_s > 0, not {workers} and {timeout_s}")
         self.workers, self.timeout_s, self.require_format = workers, timeout_s, require_format
         self.verify = verify
-        self._command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
-        self._command.append(str(timeout_s))
-        if isinstance(verify, str):
-            self._command += [verify, json.dumps([os.path.abspath(folder) for folder in sys.path])]
+        own = ("verify", [verify]) if isinstance(verify, str) else None
+        self._command = worker_command(timeout_s, own)
         needed = verify if isinstance(verify, str) else "math-verify"
         self._supervisor = Supervisor(
             self._command, workers, timeout_s, needed, secrets=isinstance(verify, str)

@@ -22,6 +22,7 @@ import time
 import warnings
 from collections.abc import Iterable, Sequence
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import IO, Any
 
 from kdrl_jax.types import Outcome
@@ -66,8 +67,30 @@ class Counts:
     seconds_max: float = 0.0
 
 
+def worker_command(timeout_s: float, own: tuple[str, Sequence[str]] | None = None) -> list[str]:
+    """How a worker is started.
+
+    Args:
+      timeout_s: most seconds of CPU time for a request.
+      own: functions of the user's own: 'verify' or 'reward', and their names; None: mathematics.
+    """
+    command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(timeout_s)]
+    if own:
+        folders = [os.path.abspath(folder) for folder in sys.path]
+        command += [own[0], json.dumps(own[1]), json.dumps(folders)]
+    return command
+
+
 class Supervisor:
-    """Up to `count` workers that run `command`; one thread at a time may `ask`."""
+    """Up to `count` workers that run `command`; one thread at a time may `ask`.
+
+    Attributes:
+      timed_out, crashed: the reply to a request that ended so; with `understand` they say what a
+        subclass asks its workers for. Here that is an `Outcome`.
+    """
+
+    timed_out: Any = "timeout"
+    crashed: Any = "unparsable"
 
     def __init__(
         self, command: list[str], count: int, timeout_s: float, needs: str, *, secrets: bool = True
@@ -97,22 +120,22 @@ class Supervisor:
         """Allow `ask` again."""
         self._stopping.clear()
 
-    def ask(self, requests: Iterable[Request]) -> dict[Request, Outcome]:
-        """The outcome of each of these different requests.
+    def ask(self, requests: Iterable[Request]) -> dict[Request, Any]:
+        """The reply to each of these different requests.
 
         Raises:
           RuntimeError: workers do not start; the message ends with what they wrote.
           CancelledError: `stop` was called.
         """
         todo = collections.deque(Task(request) for request in requests)
-        done: dict[Request, Outcome] = {}
+        done: dict[Request, Any] = {}
         try:
             while todo or any(worker.task for worker in self.workers):
                 if self._stopping.is_set():
                     raise CancelledError("the grader is being closed")
                 self._assign(todo)
-                for task, outcome in self._collect(todo):
-                    done[task.request] = outcome
+                for task, reply in self._collect(todo):
+                    done[task.request] = reply
         except BaseException:
             kill_all(self.workers)  # replies still under way must not meet the next call
             raise
@@ -140,9 +163,9 @@ class Supervisor:
             self._to_replace = max(0, self._to_replace - 1)
             starting += 1
 
-    def _collect(self, todo: collections.deque[Task]) -> list[tuple[Task, Outcome]]:
+    def _collect(self, todo: collections.deque[Task]) -> list[tuple[Task, Any]]:
         """Wait for the next event; finished tasks. Crashed ones go back to the queue once."""
-        finished: list[tuple[Task, Outcome]] = []
+        finished: list[tuple[Task, Any]] = []
         for worker in self._wait():
             if not worker.ready:
                 self._greet(worker)
@@ -151,9 +174,9 @@ class Supervisor:
             assert task is not None
             if message is None and alive:
                 continue
-            outcome = self._read_reply(message) if alive else None
-            if outcome is not None and not worker.buffer:
-                finished.append((task, self._booked(worker, outcome)))
+            reply = self._read_reply(message) if alive else None
+            if reply is not None and not worker.buffer:
+                finished.append((task, self._booked(worker, reply)))
                 worker.end()
             elif not alive and task.attempts < ATTEMPTS:
                 self.counts.crashes += 1
@@ -161,13 +184,13 @@ class Supervisor:
                 self._drop(worker)
             else:  # it crashes workers, or made one write what no worker writes
                 self.counts.crashes += 1
-                finished.append((task, self._booked(worker, "unparsable")))
+                finished.append((task, self._booked(worker, self.crashed)))
                 self._drop(worker)
         now = time.monotonic()
         for worker in [w for w in self.workers if w.deadline <= now]:
             if worker.ready and worker.task:
                 self.counts.timeouts += 1
-                finished.append((worker.task, self._booked(worker, "timeout")))
+                finished.append((worker.task, self._booked(worker, self.timed_out)))
                 self._drop(worker)
             else:
                 self._start_failed(worker, f"was not ready after {STARTUP_S:.0f} s")
@@ -204,26 +227,30 @@ class Supervisor:
             worker.ready, worker.deadline = True, float("inf")
             self._failed_starts, self._ever_ready = 0, True
 
-    def _read_reply(self, line: bytes | None) -> Outcome | None:
-        """The outcome that a line states; None if it states none."""
+    def _read_reply(self, line: bytes | None) -> Any:
+        """What a line states; None if it states nothing."""
         try:
-            text = json.loads(line or b"")
+            reply = json.loads(line or b"")
         except (ValueError, RecursionError):
             return None
-        if not isinstance(text, str):
+        return self.understand(reply)
+
+    def understand(self, reply: Any) -> Any:
+        """What a worker's JSON says; None: no worker writes that."""
+        if not isinstance(reply, str):
             return None
-        name, _, error = text.partition(": ")
+        name, _, error = reply.partition(": ")
         if error and name in REPLIES and not self._warned:
             self._warned = True
             warnings.warn(f"{self.needs} raised {error}", RuntimeWarning, stacklevel=2)
         return REPLIES.get(name)
 
-    def _booked(self, worker: Worker, outcome: Outcome) -> Outcome:
+    def _booked(self, worker: Worker, reply: Any) -> Any:
         seconds = time.monotonic() - worker.began
         self.counts.asked += 1
         self.counts.seconds += seconds
         self.counts.seconds_max = max(self.counts.seconds_max, seconds)
-        return outcome
+        return reply
 
     def _start_failed(self, worker: Worker | None, what: str) -> None:
         """Try again at once, or later where it has worked before; in the end that is an error."""

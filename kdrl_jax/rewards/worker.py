@@ -5,7 +5,8 @@ about a second and holds neither JAX nor a device. One JSON request a line on st
 a line on stdout: `[gold, answer]` -> "correct" | "wrong" | "unparsable".
 
 Told a verifier's name, it asks that function instead: `[gold, answer, meta]` -> the same, or
-"unparsable: …" with the exception that it raised.
+"unparsable: …" with the exception that it raised. Told the names of reward functions, it calls
+them: `[which, arguments]` -> a list of numbers and nulls, or "…" with the exception.
 
 math-verify's own timeouts stay off: they need SIGALRM, which does not interrupt long C calls. The
 parent kills this process instead. Everything here is therefore free to hang or to die.
@@ -257,9 +258,8 @@ def power_of_ten(digits: float) -> float:
     return 10.0 ** min(digits, 300)
 
 
-def load_verifier(name: str, path: list[str]) -> Callable[[str, str, Any], Any]:
-    """The function `module:attribute`, found as the parent process would find it."""
-    sys.path[:] = path
+def load_function(name: str) -> Callable[..., Any]:
+    """The function `module:attribute`."""
     module, _, attribute = name.partition(":")
     return operator.attrgetter(attribute)(importlib.import_module(module))
 
@@ -274,8 +274,21 @@ def ask(verify: Callable[[str, str, Any], Any], gold: str, answer: str, meta: st
         return f"unparsable: {type(error).__name__}: {error}"
 
 
+def call(functions: list[Callable[..., Any]], which: str, arguments: str) -> Any:
+    """What a reward function gives for keyword `arguments` in JSON."""
+    try:
+        values = functions[int(which)](**json.loads(arguments))
+        return [None if value is None else float(value) for value in values]
+    except MemoryError:
+        os._exit(1)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"[:1000]
+
+
 def main() -> None:
-    """Arguments: seconds for a request; then, for a task's own verifier, its name and sys.path."""
+    """Arguments: seconds for a request; for functions of the user's own then 'verify' or 'reward',
+    their names, and the sys.path by which the parent process finds them.
+    """
     timeout_s = float(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends them to all processes of a job
         signal.signal(number, signal.SIG_IGN)
@@ -285,10 +298,14 @@ def main() -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # whatever a library reads is no request, what it prints no reply
     logging.disable(logging.CRITICAL)
-    reply: Callable[..., str] = compare
+    reply: Callable[..., Any] = compare
     hello: dict[str, Any] = {}
     if len(sys.argv) > 2:
-        reply = functools.partial(ask, load_verifier(sys.argv[2], json.loads(sys.argv[3])))
+        sys.path[:] = json.loads(sys.argv[4])
+        own = [load_function(name) for name in json.loads(sys.argv[3])]
+        reply = functools.partial(call, own)
+        if sys.argv[2] == "verify":
+            reply = functools.partial(ask, own[0])
     else:
         no_gmpy()
         sys.dont_write_bytecode = True

@@ -1,0 +1,546 @@
+"""Asking a model: the tokens of other implementations, text as it comes, files, conversations."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import model_cases as cases
+import numpy as np
+import pytest
+import sentencepiece
+from local_server import NumpyDecoder, log_softmax
+from rich.console import Console
+from tokenizer_cases import write_hf
+
+from kdrl_jax import generate
+from kdrl_jax.cli import run_entry
+from kdrl_jax.data import SentencePieceTokenizer, encode_prompt, load_tokenizer
+from kdrl_jax.evaluation.model import find_policy, load_policy
+from kdrl_jax.generation.conversation import converse
+from kdrl_jax.generation.sampler import LIVE_CHUNK, Sampler, Settings, buckets
+from kdrl_jax.generation.screen import Screen
+from kdrl_jax.generation.show import Columns, CompileNotice
+from kdrl_jax.generation.text_stream import CONTEXT, PARTIAL, TextStream
+from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.checkpoints import save_params
+from kdrl_jax.training.roles import write_model_files
+from kdrl_jax.types import FINISH_LENGTH, Problem
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTION = "What is 12+3?"
+MODEL = {
+    **{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"},
+    **{"vocab_size": 448, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
+    **{"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6},
+    **{"max_position_embeddings": 192, "rope_theta": 1e4, "tie_word_embeddings": True},
+}
+LENGTH = 20
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Two Hugging Face folders of one tokenizer, and the first as a run's."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("student", "teacher")):
+        cases.write_folder(folder / name, MODEL, cases.random_tensors(MODEL, seed))
+        write_hf(folder / name)
+    model, params, tokenizer = load_policy(folder / "student", one_device(), "float32")
+    write_model_files(folder / "run", model.config, tokenizer, folder / "student")
+    save_params(folder / "run", params)
+    saved = {
+        **{"cache_dir": str(folder / "cache"), "data": {"prompt_style": "kdrl"}},
+        "rollout": {"temperature": 0.0, "max_new_tokens": LENGTH},
+    }
+    (folder / "run" / "config.json").write_text(json.dumps(saved))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    """The cache of compiled programs goes where it does no harm."""
+    monkeypatch.chdir(tmp_path)
+
+
+def one_device():
+    return make_mesh(1, 1, 1, devices=jax.devices()[:1])
+
+
+def settings(**changes) -> Settings:
+    values = {"max_new_tokens": LENGTH, "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
+    return Settings(**(values | {"samples": 1, "seed": 0} | changes))
+
+
+def sampler(folder: Path, live: bool = True, **changes) -> Sampler:
+    loaded = load_policy(find_policy(folder), one_device(), "float32")
+    return Sampler(folder.name, *loaded, one_device(), settings(**changes), live=live)
+
+
+@pytest.fixture(scope="module")
+def student(models):
+    return sampler(models / "student")
+
+
+def command(model: Path, *more: str, **options) -> None:
+    flags = {"max_new_tokens": LENGTH, "prompt_style": "chat"} | options
+    generate.main([f"--model={model}", *more, *(f"--{k}={v}" for k, v in flags.items())])
+
+
+def rows(text: str) -> list[dict]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+# --- against other implementations ---------------------------------------------------------------
+
+
+def greedy(next_logits, prompt: list[int], known: int, stops, most: int = LENGTH):
+    """Tokens and log-probs of always taking the likeliest."""
+    ids, found = list(prompt), []
+    while len(found) < most and not (found and found[-1][0] in stops):
+        scores = log_softmax(next_logits(ids)[:known])
+        found.append((int(scores.argmax()), float(scores.max())))
+        ids.append(found[-1][0])
+    return found
+
+
+def asked_greedily(model: Path, capsys, **options) -> tuple[list[int], list[float]]:
+    command(model, "--json", "--logprobs", prompt=QUESTION, temperature=0, **options)
+    (row,) = rows(capsys.readouterr().out)
+    assert row["tokens"] == len(row["log_probs"])
+    return [t["id"] for t in row["log_probs"]], [t["log_prob"] for t in row["log_probs"]]
+
+
+def test_greedy_answers_are_those_of_numpy(models, capsys):
+    folder = models / "student"
+    tokenizer = load_tokenizer(folder)
+    prompt = encode_prompt(Problem("", QUESTION, ""), tokenizer, "chat")
+    oracle = greedy(NumpyDecoder(folder).logits, prompt, tokenizer.size, tokenizer.stop_ids)
+    tokens, log_probs = asked_greedily(folder, capsys)
+    assert tokens == [token for token, _ in oracle]
+    np.testing.assert_allclose(log_probs, [x for _, x in oracle], atol=1e-4)
+
+
+@pytest.mark.parity
+def test_greedy_answers_are_those_of_transformers(models, capsys):
+    """Live, in torch: a small model, or the real one that KDRL_SMOLLM2 names."""
+    torch = pytest.importorskip("torch", reason="torch is not installed (the `parity` extra)")
+    import transformers
+
+    folder = Path(os.environ.get("KDRL_SMOLLM2") or models / "student")
+    tokenizer = load_tokenizer(folder)
+    prompt = encode_prompt(Problem("", QUESTION, ""), tokenizer, "chat")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def logits(ids):
+        with torch.no_grad():
+            return theirs(input_ids=torch.tensor([ids])).logits[0, -1].double().numpy()
+
+    oracle = greedy(logits, prompt, tokenizer.size, tokenizer.stop_ids)
+    tokens, log_probs = asked_greedily(folder, capsys)
+    assert tokens == [token for token, _ in oracle]
+    np.testing.assert_allclose(log_probs, [x for _, x in oracle], atol=1e-4)
+
+
+# --- text as it comes ----------------------------------------------------------------------------
+
+TEXTS = [
+    "plain words, 123 and more",
+    "naïve — ∑ x² ≤ 5 \u2028 日本語 🙂🙃 👩‍👩‍👧 ü",
+    "  leading spaces\n\nand  lines ",
+    "🙂" * 90 + " long enough to forget its beginning " * 20 + "日本",
+]
+
+
+def byte_fallback() -> SentencePieceTokenizer:
+    """Few characters of its own: all others are spelled in bytes, one token each."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["plain words and more lines, long enough"] * 20),
+        **{"model_writer": model, "model_type": "bpe", "vocab_size": 300, "byte_fallback": True},
+        **{"minloglevel": 2, "hard_vocab_limit": False},
+    )
+    return SentencePieceTokenizer(model.getvalue())
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "byte fallback"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_pieces_join_to_the_text_and_hold_no_half_characters(models, kind, text):
+    tokenizer = load_tokenizer(models / "student") if kind == "byte-level" else byte_fallback()
+    ids = tokenizer.encode(text)
+    for seed, most in ((0, 1), (1, 3), (2, 9)):
+        rng, stream, pieces, start = np.random.default_rng(seed), TextStream(tokenizer), [], 0
+        while start < len(ids):
+            end = start + int(rng.integers(1, most + 1))
+            pieces.append(stream.add(ids[start:end]))
+            assert PARTIAL not in pieces[-1]
+            start = end
+        pieces.append(stream.flush())
+        assert "".join(pieces) == tokenizer.decode(ids)
+        # Nothing is held back for longer than a character takes.
+        assert sum(map(len, pieces[-9:])) >= 1
+    if len(ids) > 3 * CONTEXT:
+        assert len(stream._ids) < len(ids)
+
+
+def test_bytes_of_no_character_are_shown_in_the_end(models):
+    tokenizer = load_tokenizer(models / "student")
+    half = tokenizer.encode("🙂")[:1]
+    stream = TextStream(tokenizer)
+    assert stream.add([*tokenizer.encode("so "), *half]) == "so "
+    assert stream.flush() == PARTIAL
+
+
+def test_what_is_streamed_is_what_is_drawn(models):
+    """Few tokens at a time or all at once: the same tokens, log-probs and text."""
+    samples = 3
+    whole = sampler(models / "student", live=False, samples=samples)
+    prompts = [encode_prompt(Problem("", t, ""), whole.tokenizer, "chat") for t in ("a", QUESTION)]
+    live = sampler(models / "student", samples=samples)
+    texts: dict[int, list[str]] = {}
+
+    def hear(request: int, text: str) -> None:
+        texts.setdefault(request, []).append(text)
+
+    drawn, out = live.answer(prompts, [4, 7], turn=2, on_text=hear)
+    expected, other = whole.answer(prompts, [4, 7], turn=2)
+    np.testing.assert_array_equal(out.tokens, other.tokens)
+    np.testing.assert_array_equal(out.finish_reason, other.finish_reason)
+    np.testing.assert_allclose(out.log_probs, other.log_probs, atol=1e-5)
+    assert ["".join(texts[i]) for i in range(2 * samples)] == [a.text for a in expected]
+    assert [a.text for a in drawn] == [a.text for a in expected]
+    assert max(len(pieces) for pieces in texts.values()) >= LENGTH // LIVE_CHUNK
+
+
+def test_the_window_limits_an_answer(models):
+    """A prompt that leaves room for 5 tokens gets 5; one that leaves none is refused."""
+    one = sampler(models / "student", max_new_tokens=40)
+    ids = np.random.default_rng(0).integers(3, 300, 187).tolist()
+    (answer,), out = one.answer([ids], [0])
+    assert len(answer.tokens) <= 5
+    if answer.finish_reason == "length":
+        assert out.finish_reason[0, 0] == FINISH_LENGTH
+        assert len(answer.tokens) == 5
+    assert one.fault(ids + ids[:5]).startswith("has 192 tokens, ")
+    assert one.fault(ids) == ""
+    assert buckets(192) == (64, 128, 256)
+
+
+# --- the command ---------------------------------------------------------------------------------
+
+
+def test_one_answer(models, capsys):
+    command(models / "student", prompt=QUESTION)
+    streamed = capsys.readouterr()
+    command(models / "student", "--json", prompt=QUESTION)
+    (row,) = rows(capsys.readouterr().out)
+    assert streamed.out == row["text"] + "\n"
+    assert "compiling…" in streamed.err
+    assert "/student: float32, 1 x cpu" in streamed.err
+    assert row["finish_reason"] in ("stop", "length")
+    assert row["model"] == "student"
+    if row["finish_reason"] == "length":
+        assert f"(student: cut by the limit after {LENGTH} tokens)" in streamed.err
+        assert row["tokens"] == LENGTH
+
+
+def test_a_runs_folder_with_the_runs_settings(models, capsys):
+    """Newest checkpoint, prompt style, temperature and length are the run's."""
+    generate.main([f"--model={models / 'run'}", "--json", f"--prompt={QUESTION}"])
+    command(models / "student", "--json", prompt=QUESTION, temperature=0, prompt_style="kdrl")
+    run, folder = rows(capsys.readouterr().out)
+    assert run["model"] == "run"
+    assert run | {"model": ""} == folder | {"model": ""}
+
+
+def test_a_file_of_prompts(models, tmp_path, capsys):
+    """In order, each with its samples; the same answers whatever is drawn at once."""
+    lines = [{"id": f"q{i}", "problem": f"What is {i}+1?", "answer": "x"} for i in range(7)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "in.txt").write_text("\n\n".join(line["problem"] for line in lines) + "\n")
+    options = {"samples": 2, "seed": 3}
+    command(models / "student", file="in.jsonl", batch=2, **options)
+    said = capsys.readouterr()
+    found = rows(said.out)
+    order = [(f"q{i}", g) for i in range(7) for g in (0, 1)]
+    assert [(r["id"], r["sample"]) for r in found] == order
+    assert "4 of 7 prompts" in said.err
+    command(models / "student", file="in.txt", output="sub/out.jsonl", **options)
+    assert capsys.readouterr().out == ""
+    again = rows((tmp_path / "sub" / "out.jsonl").read_text())
+    assert [r["text"] for r in again] == [r["text"] for r in found]
+    assert [r["id"] for r in again[::2]] == [f"in/{i}" for i in range(1, 15, 2)]
+    assert {*found[0]} == {
+        *("id", "sample", "model", "prompt", "text", "tokens", "finish_reason"),
+    }
+    assert len({r["text"] for r in found}) > 7, "samples differ"
+
+
+def test_beside_another_model_with_log_probs(models, capsys):
+    """Each model's tokens are scored by the other as that one would have scored its own."""
+    where = {"prompt": QUESTION, "beside": models / "teacher", "temperature": 0.7}
+    command(models / "student", "--json", "--logprobs", **where)
+    by_student, by_teacher = rows(capsys.readouterr().out)
+    assert [by_student["model"], by_teacher["model"]] == ["student", "teacher"]
+    for row, name in ((by_student, "beside_log_prob"), (by_teacher, "log_prob")):
+        other = NumpyDecoder(models / ("teacher" if row is by_student else "student"))
+        tokenizer = load_tokenizer(models / "student")
+        ids = encode_prompt(Problem("", QUESTION, ""), tokenizer, "chat")
+        for token in row["log_probs"]:
+            scores = log_softmax(other.logits(ids)[: tokenizer.size] / 0.7)
+            assert token[name] == pytest.approx(scores[token["id"]], abs=1e-4)
+            ratio = token["log_prob"] - token["beside_log_prob"]
+            assert token["log_ratio"] == pytest.approx(ratio)
+            ids.append(token["id"])
+    command(models / "student", "--logprobs", **where)
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"--- student\n{by_student['text']}\n--- teacher\n{by_teacher['text']}")
+    assert "½ℓ²" in shown
+    one = by_student["log_probs"][0]
+    assert f"{one['log_prob']:.3f}" in shown
+    assert f"{one['log_ratio']:+.3f}" in shown
+
+
+def test_the_same_model_beside_itself_differs_by_rounding(models, capsys):
+    shutil.copytree(models / "student", "twin", dirs_exist_ok=True)
+    command(models / "student", "--json", "--logprobs", prompt=QUESTION, beside="twin")
+    for row in rows(capsys.readouterr().out):
+        assert max(abs(t["log_ratio"]) for t in row["log_probs"]) < 1e-4
+
+
+def test_devices_may_share_the_layers(models, capsys):
+    for tensor in (1, 2):
+        command(models / "student", "--json", prompt=QUESTION, temperature=0, tensor=tensor)
+    one, two = rows(capsys.readouterr().out)
+    assert one == two
+
+
+def test_everything_wrong_is_said_at_once(models, tmp_path, capsys):
+    (tmp_path / "there.jsonl").write_text("")
+    (tmp_path / "in.jsonl").write_text('{"problem": 5}\n{"x": 1}\n{"problem": "fine"}')
+    wrong = [f"--model={models / 'student'}", "--file=in.jsonl", "--output=there.jsonl"]
+    wrong += ["--temperature=-1", "--top_p=0", "--samples=0", "--tensor=3", "--batch=0"]
+    with pytest.raises(SystemExit):
+        run_entry(lambda: generate.main(wrong))
+    lines = capsys.readouterr().err.splitlines()
+    for start in (
+        "--temperature: -1.0 must not be negative",
+        "--top_p: 0.0 must be above 0",
+        "--samples: 0 must be at least 1",
+        "--batch: 0 must be at least 1",
+        "--tensor: 3 does not divide",
+        "in.jsonl:1: has no text in 'problem' or 'prompt'",
+        "in.jsonl:2: has no text",
+        "--output: there.jsonl exists; give a new file",
+    ):
+        assert any(line.startswith(f"error: {start}") for line in lines), (start, lines)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "nowhere"}, "--model: no folder nowhere"),
+        ({"beside": "nowhere"}, "--beside: no folder nowhere"),
+        (
+            {"prompt": "word " * 500},
+            "prompt: the prompt has .* tokens, the model a window",
+        ),
+        ({"prompt": "  "}, "--prompt: is empty"),
+        ({"prompt_style": "kdlr"}, "'kdlr' is unknown; .*the nearest is 'kdrl'"),
+        ({"output": "x.jsonl"}, "--output: is for the rows of --file or --json"),
+        ({"file": "x.txt"}, "--prompt and --file: give one of them"),
+    ],
+)
+def test_what_cannot_be_asked(models, changes, message):
+    options = {"model": str(models / "student"), "prompt": QUESTION} | changes
+    with pytest.raises(Exception, match=message) as caught:
+        generate.main([f"--{k}={v}" for k, v in options.items()])
+    assert type(caught.value).__name__ == "UserError"
+
+
+def test_models_of_other_tokenizers_answer_but_are_not_compared(models, tmp_path, capsys):
+    shutil.copytree(models / "teacher", tmp_path / "other")
+    text = (tmp_path / "other" / "tokenizer.json").read_text()
+    (tmp_path / "other" / "tokenizer.json").write_text(text.replace("<think>", "<thonk>"))
+    where = {"prompt": QUESTION, "beside": tmp_path / "other"}
+    with pytest.raises(Exception, match=r"--logprobs --beside: token id .* differ"):
+        command(models / "student", "--logprobs", **where)
+    command(models / "student", **where)
+    assert "--- other\n" in capsys.readouterr().out
+
+
+# --- at a terminal -------------------------------------------------------------------------------
+
+
+def test_two_answers_stand_beside_each_other_on_a_wide_terminal():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100, height=12)
+    with Columns(console, ["one", "two"]) as columns:
+        columns.add(0, "left [bold]answer[/bold] " * 40)
+        columns.add(1, "right answer ")
+    final = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", console.file.getvalue()).split("one")[-1]
+    line = next(x for x in final.splitlines() if "right answer" in x)
+    assert line.index("left [bold]") < 50 < line.index("right answer")
+    assert final.count("left") == 40, "the whole answer stays on the screen"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("stream", [io.StringIO, Terminal])
+def test_compiling_is_visible(stream):
+    out = stream()
+    with CompileNotice(out) as notice:
+        jax.block_until_ready(jax.jit(lambda x: x * 3 + 41)(np.arange(7)))
+        assert "compiling…" in out.getvalue()
+        notice.clear()
+        said = out.getvalue()
+        assert said.endswith("\x1b8\x1b[J" if out.isatty() else " s\n")
+        notice.clear()
+        assert out.getvalue() == said
+    jax.block_until_ready(jax.jit(lambda x: x * 5 + 43)(np.arange(7)))
+    assert out.getvalue() == said
+
+
+class Lines:
+    """What somebody types."""
+
+    def __init__(self, *lines):
+        self.lines = list(lines)
+
+    def __call__(self, prompt: str) -> str:
+        if not self.lines:
+            raise EOFError
+        line = self.lines.pop(0)
+        if isinstance(line, type):
+            raise line
+        return line
+
+
+def talk(samplers, *lines, style="chat", log=None, answering=None):
+    said: list[str] = []
+    names = [s.name for s in samplers]
+    screen = Screen(samplers, names, False, CompileNotice(io.StringIO()))
+    converse(samplers, style, answering or screen.answer, said.append, Lines(*lines))
+    return "\n".join(said)
+
+
+def test_a_conversation_remembers_until_it_is_reset(student, monkeypatch, capsys):
+    asked: list[list[int]] = []
+    texts: list[str] = []
+    answer = Sampler.answer
+
+    def spy(self, prompts, numbers, **options):
+        asked.append(prompts[0])
+        found = answer(self, prompts, numbers, **options)
+        texts.append(found[0][0].text)
+        return found
+
+    monkeypatch.setattr(Sampler, "answer", spy)
+    typed = ("Hi", "And 2+2?", "", "/reset", "/x", KeyboardInterrupt, "Hi", "/quit", "no")
+    said = talk([student], *typed)
+    assert "no command /x" in said
+    assert "forgotten" in said
+    chat = student.tokenizer.chat
+    first = [{"role": "user", "content": "Hi"}]
+    second = [*first, {"role": "assistant", "content": texts[0]}]
+    second.append({"role": "user", "content": "And 2+2?"})
+    assert asked == [chat(first), chat(second), chat(first)]
+    assert texts[2] != texts[0], "another turn draws anew"
+    assert capsys.readouterr().out == "".join(f"{text}\n" for text in texts)
+
+
+def test_a_conversation_that_outgrows_the_window_goes_on(student):
+    said = talk([student], "word " * 200, "Hi", "word " * 150, "/reset")
+    assert re.search(r"error: the prompt has \d+ tokens, student a window of 192; shorten it", said)
+    assert "/reset forgets what was said" in said
+    assert said.endswith("forgotten")
+
+
+def test_texts_without_a_template_have_no_past(student, capsys):
+    asked = []
+
+    def answering(prompts, turn, check):
+        asked.append(prompts[0][0])
+        return []
+
+    talk([student], "one", "two", style="plain", answering=answering)
+    assert asked == [student.tokenizer.encode(x) for x in ("one", "two")]
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(student, monkeypatch, capsys):
+    """After the first text; what was said stays, and the next answer is a whole one."""
+    answer, found = Sampler.answer, []
+
+    def interrupted(self, prompts, numbers, *, on_text, **options):
+        def tell(request, text):
+            if len(found) == 0:
+                os.kill(os.getpid(), signal.SIGINT)
+            on_text(request, text)
+
+        got = answer(self, prompts, numbers, on_text=tell, **options)
+        found.append(got[0][0])
+        return got
+
+    monkeypatch.setattr(Sampler, "answer", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    said = talk([student], "Hi", "/reset", "Hi")
+    assert signal.getsignal(signal.SIGINT) is before
+    assert found[0].finish_reason == "interrupted"
+    assert len(found[0].tokens) == LIVE_CHUNK
+    assert found[1].finish_reason in ("stop", "length")
+    assert "forgotten" in said
+    error = capsys.readouterr().err
+    assert f"(student: stopped after {LIVE_CHUNK} tokens)" in error
+    # The first tokens are those that an answer left alone begins with.
+    monkeypatch.undo()
+    chat = student.tokenizer.chat([{"role": "user", "content": "Hi"}])
+    (whole,), _ = student.answer([chat], [0], turn=0)
+    assert whole.tokens[:LIVE_CHUNK] == found[0].tokens
+    np.testing.assert_allclose(whole.log_probs[:LIVE_CHUNK], found[0].log_probs, atol=1e-5)
+
+
+def test_a_real_terminal(models, tmp_path):
+    """The program itself, at a pseudo-terminal: a question, Ctrl-C, an answer, and leaving."""
+    master, slave = pty.openpty()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", "XLA_FLAGS": ""}
+    argv = [sys.executable, "-m", "kdrl_jax.generate", f"--model={models / 'student'}"]
+    argv += ["--max_new_tokens=12", "--prompt_style=chat"]
+    files = {"stdin": slave, "stdout": slave, "stderr": slave}
+    process = subprocess.Popen(argv, cwd=tmp_path, env=env, start_new_session=True, **files)
+    os.close(slave)
+    seen = ""
+
+    def until(text: str, times: int) -> None:
+        nonlocal seen
+        deadline = time.monotonic() + 240
+        while seen.count(text) < times:
+            assert time.monotonic() < deadline, seen
+            if select.select([master], [], [], 1.0)[0]:
+                seen += os.read(master, 4096).decode(errors="replace")
+
+    try:
+        until("> ", 1)
+        os.write(master, b"Hi\n")
+        until("> ", 2)
+        assert "compiling…" in seen
+        process.send_signal(signal.SIGINT)  # while it waits for a line
+        until("/quit or Ctrl-D leaves", 1)
+        os.write(master, b"/quit\n")
+        assert process.wait(timeout=240) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(master)
+    assert "Traceback" not in seen
