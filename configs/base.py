@@ -69,7 +69,7 @@ def get_config() -> ConfigDict:
     c.kd_topk = ConfigDict()
     c.kd_topk.k = 50  # tokens of the support
     c.kd_topk.support = "teacher"  # whose top k | student | tail (teacher's, and a bucket of rest)
-    c.kd_mask = "none"  # response (KD where reward is 0) | group (… whole group 0) | none
+    c.kd_mask = "none"  # response (KD where it is wrong) | group (… whole group wrong) | none
     c.beta = ConfigDict()
     # constant: init | linear: max(init − delta·step, min) | adaptive: falls with the KL and where
     # rewards stall, delta a step, never below min | phases
@@ -97,6 +97,14 @@ def get_config() -> ConfigDict:
 
     # --- models --------------------------------------------------------------------------------
     c.student = model()
+    # Low-rank adapters (LoRA, arXiv 2106.09685): the student's weights stay as they are, in
+    # student.dtype, and only A and B of W + (alpha / rank) · A·B are trained, in float32. They want
+    # about ten times the learning rate. Needs weights that are kept: path or sft.steps.
+    c.student.lora = ConfigDict()
+    c.student.lora.rank = 0  # of A·B; 0: no adapters, all weights are trained
+    c.student.lora.alpha = 32.0
+    # Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj; all-linear: all of them.
+    c.student.lora.targets = ("all-linear",)
     c.teacher = model(remat="none")
     c.teacher.offload = False  # its weights wait in host memory while they are not used
     c.tokenizer = ""  # folder; "": the student's
@@ -120,7 +128,9 @@ def get_config() -> ConfigDict:
     c.data.on_bad = "raise"  # a row that cannot be used: raise | drop (counted and listed)
     c.data.filters = ()  # steps of kdrl_jax.data.filters, in order
     c.data.fields = ConfigDict({"id": "id", "problem": "problem", "answer": "answer"})
-    c.data.prompt_style = "kdrl"  # kdrl | zero_rl | chat | plain
+    # kdrl | zero_rl | chat | plain | your_module:function (problem text → messages or text) |
+    # "chat:…{problem}…", a user's turn, or "plain:…{problem}…", the beginning of a text
+    c.data.prompt_style = "kdrl"
     c.data.max_prompt_tokens = 1024  # longer prompts are dropped, counted and reported
     c.data.prompt_buckets = (256, 512, 1024)  # padded lengths; one compiled program for each
     c.data.size = 100_000  # problems drawn from a task
@@ -144,8 +154,8 @@ def get_config() -> ConfigDict:
     # first depends on rollout.slots. 0: wait for all.
     c.rollout.carry = 0
     c.rollout.dtype = ""  # "": the student's. Another one costs what mismatch/kl says
-    # Dynamic sampling (DAPO): groups whose rewards are all equal are dropped and replaced from at
-    # most so many more rollout batches a step. For sft: groups without a right answer.
+    # Dynamic sampling (DAPO): groups that are all right or all wrong are dropped and replaced from
+    # at most so many more rollout batches a step. For sft: groups without a right answer.
     c.rollout.refill = 0
     # A vLLM or SGLang server draws instead, of the student's own model, and is given its weights
     # before each step. Its API key, if any, is taken from the environment: KDRL_SERVER_KEY.
@@ -161,7 +171,12 @@ def get_config() -> ConfigDict:
     c.reward = ConfigDict()
     c.reward.require_format = True  # <think>…</think> then \boxed{}; False: accuracy alone
     c.reward.workers = 4  # verification processes
-    c.reward.timeout_s = 3.0  # a hard limit per answer, then the worker is killed
+    c.reward.timeout_s = 3.0  # a hard limit per answer or call, then the worker is killed
+    # Rewards of your own, added to the verifier's: ("my_rewards:brevity*0.2", …), each
+    # module:function or module:function*weight. See kdrl_jax/rewards/functions.py. What is right,
+    # for masks, refill and accuracy, stays the verifier's to say.
+    c.reward.functions = ()
+    c.reward.verdict_weight = 1.0  # of the verifier's 0 or 1 in the reward
     c.reward.overlong_buffer = 0  # last tokens of the budget, punished linearly (DAPO); 0: off
     c.reward.overlong_penalty = 1.0  # at the end of the budget
 
@@ -224,4 +239,11 @@ def get_config() -> ConfigDict:
     c.samples = ConfigDict()
     c.samples.every = 10  # steps between files of sample rollouts; 0: none
     c.samples.count = 16  # rollouts per file
+    # The scalars of metrics.jsonl in Weights & Biases as well (extra `wandb`). Its own variables,
+    # such as WANDB_API_KEY, WANDB_MODE and WANDB_BASE_URL, say the rest; offline=True keeps the
+    # data in the workdir.
+    c.wandb = ConfigDict()
+    c.wandb.project = ""  # "": off
+    c.wandb.entity = ""  # user or team; "": the account's own
+    c.wandb.name = ""  # of the run; "": the workdir's
     return c

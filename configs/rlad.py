@@ -1,6 +1,6 @@
 """RLAD on Knights and Knaves (arXiv 2602.22495): the teacher within the ratio, TRRD.
 
-    python -m kdrl_jax.train --config=configs/rlad.py \
+    python -m kdrl_jax.train --config=configs/rlad.py \\
         --config.student.path=Qwen3-0.6B --config.teacher.path=Qwen3-8B
 
 32 puzzles x 8 rollouts a step, in 8 updates of 32 rollouts. `rlad.py:grpo` and `rlad.py:kdrl` are

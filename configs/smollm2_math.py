@@ -1,15 +1,15 @@
 """A real model on real problems: SmolLM2-135M-Instruct learns competition mathematics by KDRL.
 
     python launch/smollm2.py runs/smollm2                     # 93 MB, once
-    python -m kdrl_jax.train --config=configs/smollm2_math.py --workdir=runs/smollm2_math \
+    python -m kdrl_jax.train --config=configs/smollm2_math.py --workdir=runs/smollm2_math \\
         --config.data.path=problems.jsonl
 
 The teacher is the same model after a few steps on worked solutions of arithmetic, so it differs
 from the student. Reward is accuracy alone, as the model was not trained to write <think>. Sized
 for 2 CPU cores; benchmarks/RESULTS.md has the figures. On a GPU, by overrides alone:
 
-        --config.student.dtype=bfloat16 --config.teacher.dtype=bfloat16 --config.steps=200 \
-        --config.rollout.prompts_per_step=64 --config.rollout.group_size=8 \
+        --config.student.dtype=bfloat16 --config.teacher.dtype=bfloat16 --config.steps=200 \\
+        --config.rollout.prompts_per_step=64 --config.rollout.group_size=8 \\
         --config.rollout.max_new_tokens=512 --config.micro_batch=64
 """
 

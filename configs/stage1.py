@@ -1,7 +1,7 @@
 """Stage 1 of the paper (2506.02208, section 4): GRPO from R1-Distill-Qwen-1.5B at 8K tokens.
 
-    python -m kdrl_jax.train --config=configs/stage1.py \
-        --config.student.path=DeepSeek-R1-Distill-Qwen-1.5B \
+    python -m kdrl_jax.train --config=configs/stage1.py \\
+        --config.student.path=DeepSeek-R1-Distill-Qwen-1.5B \\
         --config.data.eval_path=aime24.jsonl
 
 The data are DeepScaleR's, from the hub (extra `data`), without the few rows that lack an answer.

@@ -1,7 +1,7 @@
 """Stage 2 of the paper (2506.02208, section 4), the main experiment: KDRL-Annealing.
 
-    python -m kdrl_jax.train --config=configs/stage2.py \
-        --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \
+    python -m kdrl_jax.train --config=configs/stage2.py \\
+        --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \\
         --config.data.eval_path=aime24.jsonl
 
 The data are Skywork-OR1's, from the hub (extra `data`), filtered as in the paper. With data of
@@ -11,12 +11,13 @@ one's own, `'--config.data.filters=()'`, or labels by `python -m kdrl_jax.diffic
 ablation of the paper, see VARIANTS; the weaker teacher of section 4.4 is another
 `--config.teacher.path`. GRPO and KD-RKL alone are `grpo.py` and `kd_rkl.py`, rejection sampling is
 `sft.py`. Hardware: a pod; by `python -m kdrl_jax.plan` it fits v5p-32, v6e-64 and, with the variant
-`v5e_256`, v5e-256. Not run yet at this scale; no time or result is claimed. The paper measured 57.2
-on average over six benchmarks against 54.6 for GRPO.
+`v5e_256`, v5e-256; `lora_7b`, adapters of a 7B student, fits one GPU of 80 GB. Not run yet at this
+scale; no time or result is claimed. The paper measured 57.2 on average over six benchmarks against
+54.6 for GRPO.
 """
 
 from configs.base import get_config as base
-from configs.shapes import QWEN25_32B, R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
+from configs.shapes import QWEN25_7B, QWEN25_32B, R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
 from configs.sources import SKYWORK
 from kdrl_jax.data.filters import STAGE2_FILTERS
 
@@ -40,6 +41,16 @@ VARIANTS = {
     },
     # A slice of 256 chips: four share the length of a row, as a micro-batch has 64.
     "v5e_256": {"mesh.context": 4},
+    # A student of 7B on one GPU of 80 GB: adapters, and a teacher that waits in host memory. The
+    # shape is for `kdrl_jax.plan`; a run takes that of its student.path.
+    "lora_7b": {
+        **{f"student.shape.{key}": size for key, size in QWEN25_7B.items()},
+        "student.lora.rank": 32,
+        "optimizer.learning_rate": 1e-5,
+        "teacher.offload": True,
+        "rollout.slots": 16,
+        "micro_batch": 2,
+    },
     # Of this shape for `kdrl_jax.plan`; a run takes that of its teacher.path.
     "teacher_32b": {f"teacher.shape.{key}": size for key, size in QWEN25_32B.items()},
 }

@@ -1,7 +1,7 @@
 """Zero-RL of the paper (2506.02208, section 4.3): KDRL from the base model Qwen2.5-3B.
 
-    python -m kdrl_jax.train --config=configs/zero_rl.py \
-        --config.student.path=Qwen2.5-3B --config.teacher.path=runs/zero_rl_teacher \
+    python -m kdrl_jax.train --config=configs/zero_rl.py \\
+        --config.student.path=Qwen2.5-3B --config.teacher.path=runs/zero_rl_teacher \\
         --config.data.eval_path=math500.jsonl
 
 The teacher is Qwen2.5-7B after `zero_rl_teacher.py`: its run's folder, or what

@@ -1,7 +1,7 @@
 """The zero-RL teacher of the paper (2506.02208, section 4.3): GRPO from Qwen2.5-7B.
 
-    python -m kdrl_jax.train --config=configs/zero_rl_teacher.py \
-        --config.student.path=Qwen2.5-7B \
+    python -m kdrl_jax.train --config=configs/zero_rl_teacher.py \\
+        --config.student.path=Qwen2.5-7B \\
         --config.data.eval_path=math500.jsonl
 
 Not run yet at this scale; no time or result is claimed.

@@ -41,6 +41,13 @@ PARAM_RULES: tuple[tuple[str, P], ...] = (
     (r"layers/attn/(q_norm|k_norm)/scale", P(None)),  # [H]
     (r"layers/mlp/(gate_proj|up_proj)/kernel", P("fsdp", "tensor")),  # [D, F]
     (r"layers/mlp/down_proj/kernel", P("tensor", "fsdp")),  # [F, D]
+    # Adapters, r being their rank: each lies as the axis that it shares with its kernel.
+    (r"layers/(attn/[qkv]_proj|mlp/(gate_proj|up_proj))/lora_a", P("fsdp", None)),  # [D, r]
+    (r"layers/attn/[qkv]_proj/lora_b", P(None, "tensor", None)),  # [r, N or K, H]
+    (r"layers/attn/o_proj/lora_a", P("tensor", None, None)),  # [N, H, r]
+    (r"layers/mlp/(gate_proj|up_proj)/lora_b", P(None, "tensor")),  # [r, F]
+    (r"layers/mlp/down_proj/lora_a", P("tensor", None)),  # [F, r]
+    (r"layers/(attn/o_proj|mlp/down_proj)/lora_b", P(None, "fsdp")),  # [r, D]
 )
 
 # Activations by logical axis name.

@@ -31,6 +31,7 @@ from kdrl_jax.models.hf_files import (
     write_json,
 )
 from kdrl_jax.models.hf_table import DTYPES, Row, pieces, table_rows
+from kdrl_jax.models.lora import merged_stored, split
 from kdrl_jax.models.qwen import Decoder
 from kdrl_jax.sharding import path_name
 from kdrl_jax.types import Params, UserError
@@ -291,6 +292,36 @@ class _Parts:
             self._block = array.read([slice(start, self._layers.stop), *rest])
             self._path = path
         yield self._block[layer - self._layers.start]
+
+
+class _OnDevices:
+    """A stacked parameter on devices as a `Stored` one: a layer at a time goes to the host."""
+
+    piece = 1
+
+    def __init__(self, array: jax.Array):
+        self._array, self.shape, self.dtype = array, array.shape, np.dtype(array.dtype)
+
+    def read(self, index: Sequence[slice]) -> np.ndarray:
+        """The block `index`; across hosts every process must call."""
+        layers = range(*index[0].indices(self.shape[0]))
+        return np.stack([_fetch(self._array, layer)[tuple(index[1:])] for layer in layers])
+
+
+def merged_leaves(model: Decoder, params: Params) -> Params:
+    """What `save_hf` takes for weights with adapters: kernels merged one by one as it writes them.
+
+    Args:
+      model: without adapters nothing is done.
+    """
+    if model.lora is None:
+        return params
+    adapters, base = split(params)
+    host = jax.tree.map(lambda x: _fetch(x, None), adapters)
+    kernels = jax.tree.map(
+        lambda x: _OnDevices(x) if isinstance(x, jax.Array) and x.ndim > 2 else x, base
+    )
+    return merged_stored(kernels, host, model.lora.scale)
 
 
 def _bytes(row: Row, block: np.ndarray, dtype: np.dtype) -> memoryview:

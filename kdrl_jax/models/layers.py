@@ -5,6 +5,7 @@ Parameters are fp32 master weights; each block casts its own to the compute dtyp
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kdrl_jax.models.config import ModelConfig, RopeScaling
+from kdrl_jax.models.lora import LoRA, adapter_of, bound_of
 from kdrl_jax.sharding import constrain
 
 
@@ -35,6 +37,7 @@ class Projection(nnx.Module):
     Args:
       inputs, outputs: the axes of x that are summed over, and those that come in their place; the
         kernel has both.
+      lora: of the adapter, if it has one: A is random and B zero, so it changes nothing yet.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class Projection(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         scale: float = 1.0,
+        lora: LoRA | None = None,
     ):
         self.inputs, self.outputs = inputs, outputs
         std = scale / math.sqrt(math.prod(inputs))
@@ -53,13 +57,27 @@ class Projection(nnx.Module):
         self.bias = nnx.data(None)
         if bias:
             self.bias = nnx.Param(jnp.zeros(outputs, jnp.float32))
+        self.lora_a, self.lora_b, self.lora = nnx.data(None), nnx.data(None), lora
+        if lora:
+            a, most = (*inputs, lora.rank), bound_of(inputs)
+            self.lora_a = nnx.Param(
+                jax.random.uniform(rngs.params(), a, jnp.float32, minval=-most, maxval=most)
+            )
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, *outputs), jnp.float32))
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         # As a product of two matrices, which compilers do best: more axes cost the backward pass
         # twice the time on CPU.
         fan_in, rows = math.prod(self.inputs), x.shape[: x.ndim - len(self.inputs)]
         kernel = self.kernel[...].astype(x.dtype).reshape(fan_in, -1)
-        y = einsum("BD,DF->BF", x.reshape(-1, fan_in), kernel).reshape(*rows, *self.outputs)
+        x = x.reshape(-1, fan_in)
+        y = einsum("BD,DF->BF", x, kernel)
+        if self.lora is not None and self.lora_a is not None and self.lora_b is not None:
+            # Beside the product, never in its weights: so none has a gradient of their size.
+            a = self.lora_a[...].astype(x.dtype).reshape(fan_in, -1)
+            b = self.lora_b[...].astype(x.dtype).reshape(self.lora.rank, -1)
+            y = y + einsum("BR,RF->BF", self.lora.scale * einsum("BD,DR->BR", x, a), b)
+        y = y.reshape(*rows, *self.outputs)
         if self.bias is not None:
             bias = self.bias[...].astype(x.dtype)
             y = y + jnp.broadcast_to(bias, y.shape)
@@ -88,11 +106,12 @@ def rms_norm(x: Float[Array, "... D"], scale: Array, eps: float) -> Float[Array,
 class MLP(nnx.Module):
     """down(silu(gate(x)) · up(x)) (SwiGLU, arXiv 2002.05202)."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
-        d, f = config.hidden_size, config.mlp_size
-        self.gate_proj = Projection((d,), (f,), rngs=rngs)
-        self.up_proj = Projection((d,), (f,), rngs=rngs)
-        self.down_proj = Projection((f,), (d,), rngs=rngs, scale=residual_scale(config))
+    def __init__(self, config: ModelConfig, lora: LoRA | None = None, *, rngs: nnx.Rngs):
+        d, f, by = config.hidden_size, config.mlp_size, functools.partial(adapter_of, lora)
+        self.gate_proj = Projection((d,), (f,), rngs=rngs, lora=by("gate_proj"))
+        self.up_proj = Projection((d,), (f,), rngs=rngs, lora=by("up_proj"))
+        down = residual_scale(config)
+        self.down_proj = Projection((f,), (d,), rngs=rngs, scale=down, lora=by("down_proj"))
 
     def __call__(self, x: Float[Array, "R L D"]) -> Float[Array, "R L D"]:
         y = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
@@ -105,14 +124,17 @@ class AttentionProjections(nnx.Module):
     How queries meet keys (a whole row, or a cache) is `kdrl_jax.models.attention`'s business.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoRA | None = None, *, rngs: nnx.Rngs):
         d, n, k, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        by = functools.partial(adapter_of, lora)
 
-        def heads(count: int) -> Projection:
-            return Projection((d,), (count, h), rngs=rngs, bias=config.qkv_bias)
+        def heads(name: str, count: int) -> Projection:
+            return Projection((d,), (count, h), rngs=rngs, bias=config.qkv_bias, lora=by(name))
 
-        self.q_proj, self.k_proj, self.v_proj = heads(n), heads(k), heads(k)
-        self.o_proj = Projection((n, h), (d,), rngs=rngs, scale=residual_scale(config))
+        self.q_proj = heads("q_proj", n)
+        self.k_proj, self.v_proj = heads("k_proj", k), heads("v_proj", k)
+        out = residual_scale(config)
+        self.o_proj = Projection((n, h), (d,), rngs=rngs, scale=out, lora=by("o_proj"))
         self.q_norm = nnx.data(None)
         self.k_norm = nnx.data(None)
         if config.qk_norm:

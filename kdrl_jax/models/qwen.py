@@ -32,6 +32,7 @@ from kdrl_jax.models.layers import (
     rms_norm,
     rope_angles,
 )
+from kdrl_jax.models.lora import LoRA, split
 from kdrl_jax.sharding import constrain, gathered, path_name
 from kdrl_jax.types import KVCache, Params, UserError
 
@@ -54,11 +55,11 @@ REMAT: dict[str, Callable[..., Any]] = {
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoRA | None, *, rngs: nnx.Rngs):
         self.input_norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
-        self.attn = AttentionProjections(config, rngs=rngs)
+        self.attn = AttentionProjections(config, lora, rngs=rngs)
         self.post_norm = RMSNorm(config.hidden_size, config.norm_eps, rngs=rngs)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, lora, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "R L D"], rope: tuple[Array, Array], attend: Attend
@@ -93,11 +94,11 @@ class Head(nnx.Module):
 class Network(nnx.Module):
     """All parameters of a decoder; `layers` is one DecoderLayer with a leading layer axis."""
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, lora: LoRA | None, *, rngs: nnx.Rngs):
         @nnx.split_rngs(splits=config.num_layers)
         @nnx.vmap(in_axes=(0,), out_axes=0)
         def stack(rngs: nnx.Rngs) -> DecoderLayer:
-            return DecoderLayer(config, rngs=rngs)
+            return DecoderLayer(config, lora, rngs=rngs)
 
         self.embed = Embedding(config, rngs=rngs)
         self.layers = stack(rngs)
@@ -121,6 +122,7 @@ class Decoder:
       dtype: of activations and products; weights are cast to it as they are used. Softmax, norms
         and logits are fp32 whatever it is.
       remat: what backward recomputes, a key of REMAT.
+      lora: of the adapters; its weights then have them beside the kernels. None: it has none.
 
     Raises:
       UserError: `remat` is not a known name.
@@ -129,6 +131,7 @@ class Decoder:
     config: ModelConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -147,8 +150,17 @@ class Decoder:
         Args:
           key: a JAX random key.
         """
-        network = Network(self.config, rngs=nnx.Rngs(params=key))
+        network = Network(self.config, self.lora, rngs=nnx.Rngs(params=key))
         return nnx.to_pure_dict(nnx.state(network, nnx.Param))
+
+    def init_trained(self, key: Array) -> Params:
+        """What of `init` a run trains: the adapters where there are any, else all of it."""
+        return split(self.init(key))[0] if self.lora else self.init(key)
+
+    @property
+    def base(self) -> Decoder:
+        """The model without its adapters."""
+        return dataclasses.replace(self, lora=None)
 
     def shapes(self) -> Params:
         """The tree that `init` returns, as shapes and dtypes."""
@@ -165,7 +177,7 @@ class Decoder:
         embedding = constrain(params["embed"]["embedding"], "vocab", None)
         return DecodeWeights(
             embedding=embedding,
-            layers=[fuse_layer(c, layer) for layer in layers],
+            layers=[fuse_layer(c, layer, self.lora) for layer in layers],
             final_norm=params["final_norm"]["scale"],
             head=None if c.tie_embeddings else constrain(self.head(params), "vocab", None),
         )
@@ -313,7 +325,7 @@ class Decoder:
         weights = jax.tree_util.tree_map_with_path(
             lambda path, x: gathered(f"layers/{path_name(path)}", x), weights
         )
-        layer = nnx.merge(_graph(DecoderLayer, (self.config,)), weights)
+        layer = nnx.merge(_graph(DecoderLayer, (self.config, self.lora)), weights)
         return layer(x, rope, attend)
 
     def _embed(self, params: Params, tokens: Array) -> Array:

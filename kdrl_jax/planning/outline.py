@@ -68,7 +68,7 @@ class OutlineLearner(Learner):
         """The program of an update."""
         head = self._teacher_head if scores.teacher_hidden is not None else None
         hyper = Hyper(*(number(self._mesh, jnp.float32) for _ in Hyper._fields))
-        return self._update.lower(state, part, hyper, head, used)
+        return self._update.lower(state, part, hyper, head, used, self._base)
 
     def batch(self, rows: Rows, rollouts: Any, scores: Any) -> tuple[Any, Any]:
         """Shapes of a step's batch and of one mini-batch."""
@@ -80,7 +80,8 @@ class OutlineLearner(Learner):
 
     def noted(self) -> Iterator[tuple[str, Any, Callable[[], jax.stages.Lowered], int]]:
         """Each scoring program with the role of its weights."""
-        for role, scorer in (("student", self._of_student), ("teacher", self._of_teacher)):
+        scorers = {"student": self._of_student, "reference": self._of_reference}
+        for role, scorer in (scorers | {"teacher": self._of_teacher}).items():
             for found in scorer.noted if isinstance(scorer, NotingScorer) else ():
                 yield role, *found
 

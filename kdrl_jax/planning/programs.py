@@ -87,7 +87,7 @@ class _Run:
         mesh, teacher_mesh = meshes.student, meshes.teacher
         self.config, self.sizes, self.mesh, self._ids = config, sizes, mesh, ids
         self._meshes = meshes
-        self.student = decoder_of(config.student, shapes["student"])
+        self.student = decoder_of(config.student, shapes["student"], sizes.lora)
         o = config.optimizer
         schedule = make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps)
         keys = ("b1", "b2", "eps", "weight_decay", "clip_norm")
@@ -104,10 +104,12 @@ class _Run:
             if config.teacher.dtype == "int8":
                 params = results(quantize.lower(params))
             self.teacher = Weights(model, params, teacher_mesh)
+        frozen = self.student.base
+        cast = jax.eval_shape(frozen.cast, frozen.shapes())
+        cast = placed(cast, param_shardings(mesh, cast))
+        base = cast if self.student.lora else None
         if config.reference_coef:
-            cast = jax.eval_shape(self.student.cast, self.state.params)
-            cast = placed(cast, param_shardings(mesh, cast))
-            self.reference = Weights(self.student, cast, mesh)
+            self.reference = Weights(frozen, cast, mesh)
         self.learner = OutlineLearner(
             config,
             sizes,
@@ -116,10 +118,12 @@ class _Run:
             mesh,
             teacher=self.teacher,
             reference=self.reference,
+            base=base,
             valid_vocab=ids,
             mask_final_eos=False,
             new_scorer=NotingScorer,
         )
+        self.policy = self.learner.policy(self.state.params)
         self.rollouts = _rollouts(config, mesh)
         self.rows = self._rows()
         heat = number(mesh, jnp.float32)
@@ -141,12 +145,12 @@ class _Run:
 
     def resident(self, *without: str, updating: bool = False) -> dict[str, float]:
         """Bytes of what lives from step to step, but for what a program has among its inputs."""
-        c, found = self.config, {"weights": device_bytes(self.state.params)}
+        c, found = self.config, {"weights": device_bytes(self.policy)}
         if updating or not c.optimizer.offload:
             found["moments"] = device_bytes(self.state.opt_state)
         if self.teacher and not c.teacher.offload:
             found["teacher"] = device_bytes(self.teacher.params)
-        if self.reference:
+        if self.reference and not self.student.lora:  # else it is the base
             found["reference"] = device_bytes(self.reference.params)
         if self.learner._teacher_head is not None:
             found["teacher's head"] = device_bytes(self.learner._teacher_head)
@@ -156,7 +160,7 @@ class _Run:
         """Weights laid out for decoding, prompts, larger caches, and a chunk of tokens."""
         c = self.config
         model = dataclasses.replace(self.student, dtype=self.sizes.rollout_dtype)
-        role, params, mesh = "weights", self.state.params, self._meshes.rollout
+        role, params, mesh = "weights", self.policy, self._meshes.rollout
         if self.sizes.method.sampler == "teacher" and self.teacher:
             role, model, params = "teacher", self.teacher.model, self.teacher.params
         there = to_mesh(mesh, params)
@@ -191,11 +195,12 @@ class _Run:
     def scoring(self) -> Iterator[Program]:
         """What is asked of models that are not being trained."""
         for role, params, lower, turns in self.learner.noted():
-            own = "teacher"
-            if role == "student":
-                own = "weights" if params is self.state.params else "reference"
-            name = "old student" if own == "weights" else own
-            beside = {**self.resident(own), **self.step}
+            beside = {**self.resident(), **self.step}
+            of_base = role == "reference" and self.student.lora
+            own = "weights" if role == "student" or of_base else role
+            name = "old student" if role == "student" else role
+            if own in beside:  # what is offloaded is not
+                beside[own] -= device_bytes(params)
             of_scoring: Callable[[], dict[str, float]] = functools.partial(dict, beside)
             yield Program(f"score {name}", "score", lower, turns, of_scoring)
 

@@ -23,7 +23,12 @@ from kdrl_jax.rollout.engine import chunk_size
 from kdrl_jax.training.footprint import F32, Placed
 from kdrl_jax.training.memory import Levers
 from kdrl_jax.training.meshes import Meshes
-from kdrl_jax.training.performance import Peak, decode_seconds, forward_flops
+from kdrl_jax.training.performance import (
+    Peak,
+    decode_seconds,
+    forward_flops,
+    update_flops,
+)
 from kdrl_jax.training.validation import Sizes
 
 BACKWARD = 2.5
@@ -151,12 +156,14 @@ class Speeds:
         model, c = self._placed["student"], self._config
         passes = c.epochs * self._sizes.rollouts // c.micro_batch
         tokens, context = self._tokens
-        flops = 3 * c.epochs * forward_flops(model.shape, tokens, context, self._drawn)
+        work = (model.shape, tokens, context, self._drawn)
+        flops = c.epochs * update_flops(*work, adapters=self._sizes.lora is not None)
         again = c.student.remat != "none"
         attention = c.epochs * self._attention(model, context) * (1 + again + BACKWARD)
         # Weights forwards and backwards, and their gradients.
         weights = model.whole(model.width)
-        moved = passes * (2 * weights + model.whole(F32)) * (1 - 1 / model.fsdp)
+        gradients = model.whole(F32) if self._sizes.lora is None else 0.0
+        moved = passes * (2 * weights + gradients) * (1 - 1 / model.fsdp)
         found = self._found.get("update")
         return Speed(
             tokens=c.epochs * tokens,
