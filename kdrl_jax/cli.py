@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.config import read_config, split_variant
 from kdrl_jax.processes import LostProcess, is_first, wait_for_the_coordinator
+from kdrl_jax.training.display import LOGS, emit, speaking
 from kdrl_jax.training.safety import own_folder
+from kdrl_jax.training.stopping import EXIT_INTERRUPTED, EXIT_STOPPED
 from kdrl_jax.training.storage import drop_torn_programs, storage_problem
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
@@ -22,8 +25,15 @@ from kdrl_jax.types import UserError
 EXIT_USER_ERROR = 2
 EXIT_UNHEALTHY = 3  # saved because a watch of `health` said stop: a person is to look
 EXIT_LOST = 76  # another process of the run has gone
-EXIT_INTERRUPTED = 130
+KEPT = {
+    "kdrl_jax.evaluate": "whole batches of responses are kept",
+    "kdrl_jax.difficulty": "whole batches of attempts are kept",
+    "kdrl_jax.reproduce": "runs that are done are kept, and the checkpoints of the others",
+    "kdrl_jax.convert": "nothing has been written",
+}
+"""What an interrupted command leaves, where it does not say so itself."""
 _OVERRIDE = "--config."
+LOG_HELP = f"--log {{{','.join(LOGS)}}}  how it speaks; json: one object a line"
 
 
 def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDict, Path]:
@@ -69,28 +79,113 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
 def run_entry(main: Callable[[], Any]) -> None:
     """Call `main`; what the user can mend is printed without a traceback and exits with 2.
 
-    That is every line of a UserError, and a path that cannot be written. Ctrl-C exits with 130.
+    That is every line of a UserError, and a path that cannot be written. Ctrl-C exits with 130 and
+    says how to go on. Here is where `--log=text|json|quiet` is taken from the arguments, for all
+    commands alike: with json every line of stdout is an object, see `training.display`, and the
+    last one is the event "end" with the exit code.
     """
+    before = list(sys.argv)
+    command = command_line(main)
+    try:
+        kind, sys.argv[1:] = _take_log(sys.argv[1:])
+        with speaking(kind):
+            if kind != "text" or not sys.stderr.isatty():
+                silence_bars()
+            code = _call(main, command)
+            emit("end", exit=code)
+        if {"-h", "--help"} & {*sys.argv} and not code:
+            print(f"  {LOG_HELP}")
+    except UserError as error:
+        code = _refused(error.problems)
+    finally:
+        sys.argv[:] = before
+    if code:
+        sys.exit(code)
+
+
+def _call(main: Callable[[], Any], command: str) -> int:
+    """The exit code of `main`, after its errors have been said."""
     try:
         main()
     except UserError as error:
-        for line in error.problems:
-            print(f"error: {line}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+        return _refused(error.problems)
     except (FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError) as error:
-        print(f"error: {error.filename}: {error.strerror}; give another folder", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if not (problem := storage_problem(error, Path.cwd())):
-            raise
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except LostProcess:  # has been explained
+        return _refused([f"{error.filename}: {error.strerror}; give another folder"])
+    except LostProcess as error:  # has been explained
+        emit("error", problems=[str(error)])
+        emit("end", exit=EXIT_LOST)
         wait_for_the_coordinator()
         os._exit(EXIT_LOST)
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to continue", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        kept = KEPT.get(_module(main), "")
+        line = "; ".join(filter(None, ("interrupted", kept, f"to go on: {command}")))
+        emit("error", problems=[line])
+        print(line, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
+        if code == EXIT_STOPPED and is_first():
+            print(f"to go on: {command}")
+        elif code == EXIT_USER_ERROR:  # argparse has written to stderr what is wrong
+            emit("error", problems=["the arguments are not understood; stderr says why"])
+        return code
+    except Exception as error:
+        if isinstance(error, OSError) and (problem := storage_problem(error, Path.cwd())):
+            return _refused([problem])
+        emit("error", problems=[f"{type(error).__name__}: {error}"])
+        emit("end", exit=1)
+        raise
+    return 0
+
+
+def _refused(problems: Sequence[str]) -> int:
+    emit("error", problems=problems)
+    for line in problems:
+        print(f"error: {line}", file=sys.stderr)
+    return EXIT_USER_ERROR
+
+
+def command_line(main: Callable[[], Any]) -> str:
+    """What was typed to get here, for a shell: 'python -m kdrl_jax.train --config=…'."""
+    name = Path(sys.argv[0]).name
+    if name.endswith(".py") or not name.startswith("kdrl"):
+        name = f"python -m {_module(main)}" if _module(main) else f"python {sys.argv[0]}"
+    return " ".join([name, shlex.join(sys.argv[1:])]).strip()
+
+
+def _module(main: Callable[[], Any]) -> str:
+    """The module of an entry, whose own __name__ may be '__main__'; "" where it is a script's."""
+    spec = main.__globals__["__spec__"]
+    return spec.name if spec else ""
+
+
+def _take_log(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """The last `--log` of the arguments, and the others."""
+    kind, rest, items = "text", [], list(argv)
+    while items:
+        item = items.pop(0)
+        if item == "--log" and items:
+            kind = items.pop(0)
+        elif item.startswith("--log="):
+            kind = item.removeprefix("--log=")
+        else:
+            rest.append(item)
+    if kind not in LOGS:
+        raise UserError(f"--log: {kind!r} is none of {', '.join(LOGS)}")
+    return kind, rest
+
+
+def silence_bars() -> None:
+    """No bars of the Hugging Face libraries, in this process and its children."""
+    for library, module in (
+        ("HF_HUB", "huggingface_hub.utils"),
+        ("HF_DATASETS", "datasets"),
+    ):
+        os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
+        if found := sys.modules.get(module):  # which has read the variable already
+            found.disable_progress_bars()
 
 
 def enable_compilation_cache(folder: Path) -> None:

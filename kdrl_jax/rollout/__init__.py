@@ -1,6 +1,6 @@
 """Sampling from the policy."""
 
-from kdrl_jax.rollout.call import DecodeStats, Finished, finished_requests
+from kdrl_jax.rollout.call import DecodeStats, Drawn, Finished, finished_requests
 from kdrl_jax.rollout.engine import RolloutEngine
 from kdrl_jax.rollout.interface import Engine
 from kdrl_jax.rollout.requests import request_keys, sampling_params
@@ -8,6 +8,7 @@ from kdrl_jax.rollout.server import ServerEngine
 
 __all__ = [
     "DecodeStats",
+    "Drawn",
     "Engine",
     "Finished",
     "RolloutEngine",

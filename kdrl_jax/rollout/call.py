@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from kdrl_jax.rollout import decode as device
 from kdrl_jax.rollout.schedule import (
@@ -38,6 +38,19 @@ if TYPE_CHECKING:
 
 REFILL = 16
 """While requests wait, decoding stops as soon as one in so many slots is free."""
+
+
+class Drawn(NamedTuple):
+    """What a request has just drawn."""
+
+    number: int
+    """p·G + g."""
+    tokens: Int[np.ndarray, "n"]
+    """With the end token, if that was drawn."""
+    log_probs: Float[np.ndarray, "n"]
+    """See `Rollouts`."""
+    finish_reason: int
+    """UNFINISHED while it goes on."""
 
 
 class Finished(NamedTuple):
@@ -153,7 +166,8 @@ class Call:
         self._window = choose_window(engine._windows, needed)
         self._slots = engine._empty(seats, self._window)
 
-        self._ended = np.zeros(0, np.int64)
+        self._ended = self._last = np.zeros(0, np.int64)
+        self._counts = np.zeros(0, np.int32)
         self._before, self._steps, self._slot_steps = self._lengths.copy(), 0, 0
 
     @property
@@ -194,12 +208,34 @@ class Call:
         gone, ended = ~chunk.running[slots], chunk.ended[slots]
         self._finish[requests[gone]] = np.where(ended, FINISH_EOS, FINISH_LENGTH)[gone]
         self._seats.request[slots[gone]] = -1
-        self._ended = requests[gone]
+        self._ended, self._last, self._counts = requests[gone], requests, counts
 
-    def report(self, on_finished: Callable[[list[Finished]], Any]) -> None:
-        """Hand over what the last `collect` saw end."""
+    def report(
+        self,
+        on_finished: Callable[[list[Finished]], Any],
+        on_drawn: Callable[[list[Drawn]], Any] | None,
+    ) -> None:
+        """Hand over what the last `collect` saw drawn, and what it saw end."""
+        if on_drawn and self._last.size:
+            ends = self._lengths[self._last]
+            on_drawn(
+                [
+                    Drawn(
+                        int(n),
+                        self._tokens[n, end - count : end].copy(),
+                        self._log_probs[n, end - count : end].copy(),
+                        int(self._finish[n]),
+                    )
+                    for n, end, count in zip(self._last, ends, self._counts, strict=True)
+                ]
+            )
         if self._ended.size:
             on_finished(finished_requests(self.rollouts(), self._ended))
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests that have ended, and tokens drawn in this call."""
+        return int((self._finish != UNFINISHED).sum()), int((self._lengths - self._before).sum())
 
     @property
     def stats(self) -> DecodeStats:

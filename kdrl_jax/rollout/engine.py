@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 
 from kdrl_jax.rollout import decode as device
-from kdrl_jax.rollout.call import Call, DecodeStats, Finished
+from kdrl_jax.rollout.call import Call, DecodeStats, Drawn, Finished
 from kdrl_jax.rollout.schedule import window_sizes
 from kdrl_jax.sharding import make_mesh, to_mesh
 from kdrl_jax.types import Params, Prompts, Rollouts, SamplingParams
@@ -41,6 +41,8 @@ class RolloutEngine:
       prompt_buckets: the padded prompt lengths there may be.
       max_new_tokens: T, the completion slots; the end token takes one.
       slots: requests that are decoded at once; 0: all that are asked for.
+      chunk: tokens that a slot draws at most between two looks of the host; 0: as is fastest. Few
+        where somebody watches (`on_drawn`); the tokens are the same.
       mesh: where rollouts are drawn; its `context` is 1. Default: the first device.
 
     Attributes:
@@ -55,6 +57,7 @@ class RolloutEngine:
         prompt_buckets: Sequence[int],
         max_new_tokens: int,
         slots: int = 0,
+        chunk: int = 0,
         mesh: Mesh | None = None,
     ):
         self.mesh = mesh or make_mesh(1, 1, 1, devices=jax.devices()[:1])
@@ -62,7 +65,7 @@ class RolloutEngine:
         self.max_new_tokens = max_new_tokens
         self.slots = slots
         self.last = DecodeStats()
-        self._chunk = chunk_size(max_new_tokens)
+        self._chunk = min(chunk, max_new_tokens) or chunk_size(max_new_tokens)
         longest = max(prompt_buckets) + max_new_tokens + self._chunk
         self._windows = window_sizes(longest, min(prompt_buckets) + self._chunk)
         bound = functools.partial
@@ -84,6 +87,8 @@ class RolloutEngine:
         expected_lengths: Sequence[float] | None = None,
         meanwhile: Callable[[], Any] = lambda: None,
         on_finished: Callable[[list[Finished]], Any] = lambda finished: None,
+        progress: Callable[[int, int], Any] = lambda finished, tokens: None,
+        on_drawn: Callable[[list[Drawn]], Any] | None = None,
         begun: Rollouts | None = None,
         enough: int = 0,
     ) -> Rollouts:
@@ -100,6 +105,10 @@ class RolloutEngine:
           meanwhile: called once, when the devices have work.
           on_finished: called with every request that has ended, some at a time, while the devices
             draw the tokens of others.
+          progress: called after each look of the host with the number of requests that have ended
+            and of tokens drawn so far.
+          on_drawn: called with what every running request has drawn, a chunk at a time, likewise.
+            What it raises ends the call, and the engine is as good as new.
           begun: partial rollouts of the same prompts and keys: what is UNFINISHED goes on from
             where it is, with the tokens it would have had; the rest stays.
           enough: stop when so many problems have all their completions, and leave the others
@@ -130,8 +139,10 @@ class RolloutEngine:
                 call.collect()
             while call.unfinished:
                 call.dispatch()
-                call.report(on_finished)
+                call.report(on_finished, on_drawn)
+                progress(*call.counts)
                 call.collect()
-        call.report(on_finished)
+        call.report(on_finished, on_drawn)
+        progress(*call.counts)
         self.last = call.stats
         return call.rollouts()

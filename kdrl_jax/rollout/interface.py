@@ -38,6 +38,7 @@ class Engine(Protocol):
         expected_lengths: Sequence[float] | None = None,
         meanwhile: Callable[[], Any] = lambda: None,
         on_finished: Callable[[list[Finished]], Any] = lambda finished: None,
+        progress: Callable[[int, int], Any] = lambda finished, tokens: None,
         begun: Rollouts | None = None,
         enough: int = 0,
     ) -> Rollouts:
@@ -51,6 +52,8 @@ class Engine(Protocol):
           expected_lengths: of the completions of each problem: the longest start first.
           meanwhile: called once, when the requests are under way.
           on_finished: called with every request that has ended, some at a time.
+          progress: called now and then with the number of requests that have ended and of tokens
+            drawn so far.
           begun, enough: partial rollouts; see `RolloutEngine.generate`. Not every engine has them.
         """
         ...

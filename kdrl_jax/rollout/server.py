@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Int, Key
 
 from kdrl_jax import processes
-from kdrl_jax.models import Decoder, save_hf
+from kdrl_jax.models import Decoder, merged_leaves, save_hf
 from kdrl_jax.rollout.call import (
     DecodeStats,
     Finished,
@@ -87,7 +87,7 @@ class ServerEngine:
         self._tokenizer_folder, self._stop_ids = tokenizer_folder, tuple(stop_ids)
         self._valid_vocab = valid_vocab
         self._pushes = 0
-        self._has: weakref.ref[Any] | None = None  # the first leaf of what was pushed last
+        self._has: list[weakref.ref[Any]] = []  # the leaves of what was pushed last
 
     def generate(
         self,
@@ -99,6 +99,7 @@ class ServerEngine:
         expected_lengths: Sequence[float] | None = None,
         meanwhile: Callable[[], Any] = lambda: None,
         on_finished: Callable[[list[Finished]], Any] = lambda finished: None,
+        progress: Callable[[int, int], Any] = lambda finished, tokens: None,
         begun: Rollouts | None = None,
         enough: int = 0,
     ) -> Rollouts:
@@ -138,10 +139,11 @@ class ServerEngine:
                     for number in places[asked[which]]:
                         found.put(number, completion)
                 on_finished(finished_requests(found.rollouts(), np.array(numbers)))
+                progress(*found.counts)
         if processes.any_of(
             self.server.losses > losses
         ):  # a server that started anew has weights of its own
-            self._has = None
+            self._has = []
         found.share()
         first = {request: number for number, request in reversed([*enumerate(requests)])}
         self.last = found.stats(np.array([*first.values()]))
@@ -153,17 +155,19 @@ class ServerEngine:
         Raises:
           UserError: it cannot, or the folder cannot be written.
         """
-        leaf = jax.tree.leaves(params)[0]
-        if self._has and self._has() is leaf:
+        leaves = jax.tree.leaves(params)  # of adapters beside a base only some are new
+        if len(self._has) == len(leaves) and all(
+            there() is leaf for there, leaf in zip(self._has, leaves, strict=True)
+        ):
             return
-        self._has = None
+        self._has = []
         folder = self.weights / str(self._pushes % FOLDERS)
         try:
             with jax.transfer_guard("allow"):  # one weight at a time through the host
                 save_hf(
                     folder,
-                    self._model,
-                    params,
+                    self._model.base,
+                    merged_leaves(self._model, params),
                     tokenizer_folder=self._tokenizer_folder,
                     dtype=self._model.dtype,
                     eos_ids=self._stop_ids,
@@ -182,7 +186,7 @@ class ServerEngine:
                 self.server.ask(ask)
 
         processes.first_does(load)
-        self._has = weakref.ref(leaf)
+        self._has = [weakref.ref(leaf) for leaf in leaves]
 
     def drawing(self, sampling: SamplingParams) -> Drawing:
         """`sampling` on the host."""
@@ -238,6 +242,11 @@ class _Found:
         self._log_probs[number, :count] = completion.log_probs
         self._lengths[number] = count
         self._finish[number] = FINISH_EOS if completion.ended else FINISH_LENGTH
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Requests that have ended, and their tokens."""
+        return int((self._finish != UNFINISHED).sum()), int(self._lengths.sum())
 
     def rollouts(self) -> Rollouts:
         """What there is so far."""
