@@ -1,5 +1,12 @@
-"""Metadata lives in pyproject.toml; this file serves tools that still ask for a setup.py."""
+"""What pyproject.toml cannot say: the wheel carries the configs, as kdrl_jax/shipped/configs.
 
-from setuptools import setup
+In a checkout they stay where they are; `kdrl_jax.config.CONFIGS` is either place.
+"""
 
-setup()
+from setuptools import find_packages, setup
+
+configs = {f"kdrl_jax.shipped.{name}": name for name in find_packages(include=["configs*"])}
+setup(
+    packages=[*find_packages(include=["kdrl_jax*"]), *configs],
+    package_dir={name: source.replace(".", "/") for name, source in configs.items()},
+)

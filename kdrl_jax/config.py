@@ -2,19 +2,25 @@
 
 A config is a file with `get_config()`; every key and its default stand in `configs/base.py`.
 `FILE:NAME` also applies the changes that the file's `VARIANTS` has under that name, `FILE:A,B`
-those of A, then of B. What the values must be is checked in `kdrl_jax.training.validation`.
+those of A, then of B. Where there is no such file, the project's own of that name serves: `demo`,
+`stage2:k3` and `configs/stage2.py:k3` work in any folder. What the values must be is checked in
+`kdrl_jax.training.validation`.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
+import importlib
 import importlib.util
 import json
+import operator
+import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +29,9 @@ from ml_collections import ConfigDict
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+_SHIPPED = ROOT / "kdrl_jax" / "shipped"  # setup.py puts the configs there in a wheel
+CONFIGS = (_SHIPPED if _SHIPPED.is_dir() else ROOT) / "configs"
+"""The project's own configs: the checkout's, or those of the installed package."""
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -53,7 +62,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Args:
       path: a Python file, whose folder's parent is importable while it runs; or FILE:NAME[,NAME…],
-        each NAME being a key of its `VARIANTS: dict[str, dict[str, value]]`.
+        each NAME being a key of its `VARIANTS: dict[str, dict[str, value]]`. See `find_config`.
       overrides: 'optimizer.learning_rate=3e-6'; lists are written (1,2) or 1,2.
 
     Raises:
@@ -72,12 +81,8 @@ def read_config(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigDict,
     Raises:
       UserError: the file itself is of no use.
     """
-    file, variant = split_variant(path)
-    if not file.is_file():
-        near = sorted(str(p) for p in file.parent.glob("*.py") if p.name != "__init__.py")
-        there = f"; there are {', '.join(near)}" if near else ""
-        raise UserError(f"--config: no file {file}{there}")
-    for folder in (str(file.resolve().parent.parent), str(ROOT)):
+    file, variant = find_config(path)
+    for folder in (str(file.resolve().parent.parent), str(CONFIGS.parent)):
         if folder not in sys.path:
             sys.path.append(folder)
     spec = importlib.util.spec_from_file_location("kdrl_jax_config", file)
@@ -104,9 +109,76 @@ def read_config(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigDict,
 
 
 def split_variant(path: str | Path) -> tuple[Path, str]:
-    """'configs/stage2.py:k3' as (configs/stage2.py, 'k3'); without a variant it is ''."""
+    """'configs/stage2.py:k3' as (configs/stage2.py, 'k3'), 'stage2:k3' as (stage2, 'k3').
+
+    Without a variant it is ''.
+    """
     name, _, variant = str(path).partition(".py:")
-    return (Path(name + ".py"), variant) if variant else (Path(path), "")
+    if variant:
+        return Path(name + ".py"), variant
+    if not name.endswith(".py"):
+        name, _, variant = name.partition(":")
+    return Path(name), variant
+
+
+def find_config(path: str | Path) -> tuple[Path, str]:
+    """The file that `--config` means, and the variant.
+
+    Args:
+      path: FILE[:VARIANT]. Where FILE is none, `NAME`, `NAME.py` and `configs/NAME.py` are the
+        project's own of that name, wherever the command is given; a line on stderr says so.
+
+    Raises:
+      UserError: there is no such file, with those that there are.
+    """
+    file, variant = split_variant(path)
+    if file.is_file():
+        return file, variant
+    name = file.relative_to("configs") if file.parts[:1] == ("configs",) else file
+    own = (CONFIGS / name).with_suffix(".py")
+    if own.is_file():
+        if not file.is_absolute():
+            _say_once(f"--config: no file {file} here; {own} serves")
+        return own, variant
+    near = sorted(str(p) for p in file.parent.glob("*.py") if p.name != "__init__.py")
+    if not near or not file.suffix:  # a name and no path
+        near = sorted(p.stem for p in CONFIGS.glob("*.py") if p.name != "__init__.py")
+    raise UserError(f"--config: no file {file}; there are {', '.join(near)}")
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    print(line, file=sys.stderr)
+
+
+def load_attribute(key: str, name: str, fits: Callable[[Any], bool], what: str) -> Any:
+    """What 'module:attribute' names, in a module that Python finds, also in the working directory.
+
+    Args:
+      key: of the config, for errors.
+      fits: whether an attribute is of the kind that is looked for; what: these, in words.
+
+    Raises:
+      UserError: no such module, one that fails, or no such attribute (with those that fit).
+    """
+    module_name, _, attribute = name.partition(":")
+    if os.getcwd() not in map(os.path.abspath, sys.path):
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise UserError(
+            f"{key}: {name!r}: importing {module_name} failed, {type(error).__name__}: "
+            f"{error}; name a module in the working directory or on PYTHONPATH"
+        ) from error
+    try:
+        return operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        there = ", ".join(n for n, v in vars(module).items() if fits(v) and not n.startswith("_"))
+        raise UserError(
+            f"{key}: {name!r}: {module_name} has no attribute {attribute!r}; there are "
+            f"{there or f'no {what}'}"
+        ) from error
 
 
 def _where(error: Exception, file: Path) -> str:

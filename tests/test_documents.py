@@ -1,38 +1,94 @@
-"""What README and notebook say is so: their code runs, what they name exists."""
+"""What README, docs and notebook say is so: their code runs, what they name exists."""
 
 from __future__ import annotations
 
 import ast
-import importlib
 import json
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+from snippets import ROOT, check_command, commands, run_page, snippets
+from test_structure import FLOORS
 
-ROOT = Path(__file__).resolve().parent.parent
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
+RUN = [page for page in PAGES if any(not s.needs for s in snippets(page))]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 NOTEBOOK = json.loads((ROOT / "colab" / "kdrl_demo.ipynb").read_text(encoding="utf-8"))
 CELLS = ["".join(c["source"]) for c in NOTEBOOK["cells"] if c["cell_type"] == "code"]
 
 
-def test_readme_code_runs():
-    names: dict = {}
-    for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL):
-        exec(compile(block, "README.md", "exec"), names)
-    assert float(names["loss"]) != 0
-    assert float(names["rlad"]) != 0
-    assert names["REVERSE"].problems(2, 0)  # test_tasks grades with it
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
-def test_links_and_scripts_exist():
-    names = re.findall(r"\]\((?!http)([^)#]+)\)", README)
-    names += re.findall(r"\b(?:bash|python) ((?:launch|benchmarks)/\S+?\.(?:sh|py))", README)
-    assert len(names) > 4
+def test_code_and_commands_run(tmp_path, monkeypatch):
+    """All pages in the order a reader meets them, in one folder: later ones use earlier runs."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, "."])  # as `python -m` has it
+    before = set(sys.modules)
+    names = {}
+    for page in sorted(RUN, key=lambda page: (page.name != "README.md", page.stem != "tutorial")):
+        names[page.name] = run_page(page, tmp_path / "cache")
+    for name in set(sys.modules) - before:  # a file that a page shows
+        if name.startswith("my_"):
+            del sys.modules[name]
+    assert float(names["README.md"]["loss"]) != 0
+    assert float(names["README.md"]["rlad"]) != 0
+    assert names["README.md"]["REVERSE"].problems(2, 0)  # test_tasks grades with it
+    assert {"tutorial.md", "howto.md", "pods.md"} <= names.keys()
+    assert Path("runs/demo/curves.png").stat().st_size > 1000
+    assert Path("exported/model.safetensors").exists()
+
+
+def test_there_is_something_to_run():
+    shown = [s for page in PAGES for s in snippets(page)]
+    assert sum(not s.needs for s in shown) > 10
+    assert {s.language for s in shown} == {"python", "bash"}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_and_scripts_exist(page):
+    text = page.read_text(encoding="utf-8")
+    names = re.findall(r"\]\((?!http|#)([^)#]+)[^)]*\)", text)
     for name in names:
+        assert (page.parent / name).exists(), name
+    scripts = re.findall(r"\b(?:bash|python) ((?:launch|benchmarks)/\S+?\.(?:sh|py))", text)
+    for name in scripts:
         assert (ROOT / name).exists(), name
+    if page.name == "README.md":
+        assert len(names) + len(scripts) > 4
+
+
+def test_every_test_that_is_named_exists():
+    """Docs link a claim to its test: [`test_name`](../tests/test_file.py)."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        found += re.findall(r"\[`(test_\w+)`\]\(\S*?(tests/\w+\.py)\)", text)
+    assert len(found) > 30
+    for test, file in found:
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8"), (test, file)
+
+
+def test_the_drawings_of_the_house_are_those_of_the_test():
+    """Floors from the entries down; architecture.md has every room, README the larger ones."""
+    floors = [set(FLOORS[number]) for number in sorted(FLOORS, reverse=True)]
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    house = page.partition("## The house")[2].partition("\n## ")[0]
+    rows = [line.split("|")[2] for line in house.splitlines() if re.match(r"\| \d", line)]
+    assert [set(re.findall(r"`(\w+)`", row)) for row in rows] == floors
+    drawing = README.partition("## What is in the package")[2].partition("\nImports go")[0]
+    lines = [line.strip().split("   ")[0] for line in drawing.splitlines() if line.strip()]
+    for line, rooms in zip(lines, floors, strict=True):
+        assert set(re.findall(r"\w+", line)) <= rooms
 
 
 def test_every_config_is_in_the_table():
@@ -59,24 +115,23 @@ def test_every_dependency_has_its_reason():
     assert not any("torch" in r for r in project["dependencies"])
 
 
-@pytest.mark.parametrize("text", [README, *CELLS], ids=["README", *map(str, range(len(CELLS)))])
-def test_commands_name_modules_and_flags_that_exist(text):
-    text = text.replace("\\\n", " ")
-    for module, rest in re.findall(r"python -m (kdrl_jax\.\w+)(.*)", text):
-        doc = importlib.import_module(module).__doc__
-        source = Path(importlib.import_module(module).__file__).read_text(encoding="utf-8")
-        source += (ROOT / "kdrl_jax" / "cli.py").read_text(encoding="utf-8")
-        assert doc
-        for flag in re.findall(r"(--[a-z_]+)(?==)", rest.partition("#")[0]):
-            assert f'"{flag}"' in source, (module, flag)
-        for config in re.findall(r"--config=(\S+)", rest):
-            assert (ROOT / config).is_file(), config
+TEXTS = {name_of(page): page.read_text(encoding="utf-8") for page in PAGES}
+TEXTS |= {f"cell {i}": cell for i, cell in enumerate(CELLS)}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
+def test_commands_name_modules_flags_and_keys_that_exist(text):
+    wrong = {s.code for page in PAGES for s in snippets(page) if s.exit_code}
+    for code in wrong:
+        text = text.replace(code, "")
+    for module, arguments in commands(text):
+        check_command(module, arguments)
 
 
 def test_notebook_cells_are_python():
     assert NOTEBOOK["nbformat"] == 4
     for cell in CELLS:
-        lines = [re.sub(r"^(\s*)[!%].*", r"\1pass", line) for line in cell.splitlines()]
+        lines = [re.sub(r"^(\s*)(\w+ = )?[!%].*", r"\1pass", x) for x in cell.splitlines()]
         ast.parse("\n".join(lines))
 
 
@@ -88,5 +143,6 @@ def test_top_level():
     if not tracked:
         pytest.skip("not a git checkout")
     top = {name.partition("/")[0] for name in tracked if not name.startswith(".")}
-    folders = {"kdrl_jax", "configs", "launch", "tests", "colab", "benchmarks"}
-    assert top == folders | {"setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md"}
+    folders = {"kdrl_jax", "configs", "launch", "tests", "colab", "benchmarks", "docs"}
+    texts = {"README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff"}
+    assert top == folders | texts | {"setup.py", "pyproject.toml"}
