@@ -1,12 +1,16 @@
 """Between Orbax checkpoints and Hugging Face folders, a few tensors in memory at a time.
 
     python -m kdrl_jax.convert --to=hf RUN OUTPUT [--step=N] [--dtype=bfloat16]
+    python -m kdrl_jax.convert --to=peft RUN OUTPUT [--step=N]
     python -m kdrl_jax.convert --to=orbax HF_FOLDER OUTPUT
 
 RUN is the folder a training run wrote, its `checkpoints` folder, or one checkpoint in it. What
-comes out of the first loads in `transformers`, vLLM and SGLang; what comes out of the second can
-be `student.path` or `teacher.path`. There and back again keeps every bit of the weights, their
-dtype, config.json, generation_config.json and the tokenizer's files.
+comes out of the first loads in `transformers`, vLLM and SGLang; what comes out of the last can be
+`student.path` or `teacher.path`. There and back again keeps every bit of the weights, their dtype,
+config.json, generation_config.json and the tokenizer's files.
+
+A run that trained adapters (student.lora) becomes whole weights by --to=hf: the sum is taken in
+float32 and stored as its base is. --to=peft writes the adapters alone, as PEFT reads them.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ import jax.numpy as jnp
 
 from kdrl_jax.cli import run_entry
 from kdrl_jax.data import load_tokenizer
-from kdrl_jax.models import Decoder, save_hf
+from kdrl_jax.models import Decoder, save_hf, save_peft
 from kdrl_jax.models.hf_files import open_hf
 from kdrl_jax.sharding import path_name
-from kdrl_jax.training.checkpoints import find_params
+from kdrl_jax.training.adapters import open_weights, read_adapters, read_record
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.roles import keep_model, read_model_config
-from kdrl_jax.training.streaming import write_stored
+from kdrl_jax.training.streaming import counted, write_stored
 from kdrl_jax.types import UserError
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -42,6 +47,46 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
     Raises:
       UserError: no whole checkpoint there, or `output` is in use.
     """
+    run, step = _find_run(run, step, output)
+    model = Decoder(read_model_config(run))
+    tokenizer = load_tokenizer(run / "model")
+    with open_weights(run, model, step) as params, Display().loading("weights") as progress:
+        save_hf(
+            output,
+            model,
+            counted(params, progress),
+            tokenizer_folder=run / "model",
+            config_folder=run / "model",
+            dtype=dtype and jnp.dtype(dtype),
+            eos_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+        )
+
+
+def to_peft(run: Path, output: Path, step: int | None = None) -> Path:
+    """Write the adapters of a run as a PEFT folder.
+
+    Args:
+      run, output, step: as of `to_hf`.
+
+    Returns:
+      The folder of the weights that they belong to.
+
+    Raises:
+      UserError: as `to_hf`; or the run trained all weights.
+    """
+    run, step = _find_run(run, step, output)
+    record = read_record(run)
+    if record is None:
+        raise UserError(f"{run}: trained all weights, not adapters; use --to=hf")
+    model, where = Decoder(read_model_config(run)), record.base.folder
+    adapters = read_adapters(run, model, record, step)
+    save_peft(output, model.config, record.lora, adapters, str(where))
+    return where
+
+
+def _find_run(run: Path, step: int | None, output: Path) -> tuple[Path, int | None]:
+    """The run's folder and the step that `run` names, if that can be read and `output` written."""
     if run.name.isdigit() and run.parent.name == "checkpoints":
         run, step = run.parent, int(run.name) if step is None else step
     if run.name == "checkpoints":
@@ -53,19 +98,7 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
         problems.append(f"{run}: holds no model/config.json; give a run's folder")
     if problems:
         raise UserError(*problems)
-    model = Decoder(read_model_config(run))
-    _, params = find_params(run, model.shapes(), step)
-    tokenizer = load_tokenizer(run / "model")
-    save_hf(
-        output,
-        model,
-        params,
-        tokenizer_folder=run / "model",
-        config_folder=run / "model",
-        dtype=dtype and jnp.dtype(dtype),
-        eos_ids=tokenizer.stop_ids,
-        pad_id=tokenizer.pad_id,
-    )
+    return run, step
 
 
 def to_orbax(folder: Path, output: Path) -> None:
@@ -81,12 +114,20 @@ def to_orbax(folder: Path, output: Path) -> None:
         problems.append(f"{folder}: no such folder; give a Hugging Face folder")
     if problems:
         raise UserError(*problems)
-    with open_hf(folder) as (config, arrays):
+    with Display().loading("weights") as progress, open_hf(folder) as (config, arrays):
         tokenizer = load_tokenizer(folder)
         params = jax.tree_util.tree_map_with_path(
             lambda path, _: arrays[path_name(path)], Decoder(config).shapes()
         )
+        params = counted(params, progress)
         keep_model(output, config, tokenizer, lambda at: write_stored(at, params), folder)
+
+
+def _how_to_read(base: Path) -> str:
+    """What PEFT needs first where a base is no Hugging Face folder."""
+    if not (base / "checkpoints").is_dir():
+        return ""
+    return f": for PEFT make it one of its own, --to=hf {base} FOLDER"
 
 
 def _check_output(output: Path) -> list[str]:
@@ -101,20 +142,23 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--to", required=True, choices=("hf", "orbax"), help="the format to convert into"
+        "--to", required=True, choices=("hf", "peft", "orbax"), help="the format to convert into"
     )
     parser.add_argument("source", type=Path, metavar="FROM", help="a run's or Hugging Face folder")
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is yet to be")
-    parser.add_argument("--step", type=int, help="to hf: which checkpoint (default: the newest)")
+    parser.add_argument("--step", type=int, help="to hf, peft: which checkpoint (default: newest)")
     parser.add_argument("--dtype", choices=DTYPES, help="to hf: of the stored weights")
     args = parser.parse_args(argv)
+    keys = {"hf": (), "peft": ("dtype",), "orbax": ("step", "dtype")}[args.to]
+    if given := [f"--{key}" for key in keys if getattr(args, key) is not None]:
+        also = {"--step": "hf or --to=peft", "--dtype": "hf"}
+        raise UserError(*(f"{x}: goes with --to={also[x]} only; leave it out" for x in given))
     if args.to == "hf":
         to_hf(args.source, args.output, args.step, args.dtype)
+    elif args.to == "peft":
+        base = to_peft(args.source, args.output, args.step)
+        print(f"adapters of {base}" + _how_to_read(base))
     else:
-        given = [f"--{key}" for key in ("step", "dtype") if getattr(args, key) is not None]
-        if given:
-            lines = [f"{flag}: goes with --to=hf only; leave it out" for flag in given]
-            raise UserError(*lines)
         to_orbax(args.source, args.output)
     print(f"written: {args.output}")
 

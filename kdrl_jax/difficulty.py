@@ -35,9 +35,10 @@ from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
 from kdrl_jax.network import set_offline
 from kdrl_jax.rollout import RolloutEngine, sampling_params
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem, grade_all, respond
 from kdrl_jax.training.meshes import rollout_mesh
-from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder
+from kdrl_jax.training.metrics import lock_folder, unlock_folder
 from kdrl_jax.training.problems import GRADING, make_grader
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import Problem, UserError
@@ -123,7 +124,7 @@ def _ask_all(
     lock_folder(work)
     write_settings(output, settings)
     enable_compilation_cache(Path(config.cache_dir))
-    model, params, tokenizer = load_policy(policy, mesh, config.student.dtype)
+    model, params, tokenizer = load_policy(policy, mesh, config.student.dtype, display)
     engine = RolloutEngine(
         model,
         valid_vocab=tokenizer.size,
@@ -143,15 +144,17 @@ def _ask_all(
     ):
         for start in range(done, len(asked), size):
             batch = asked[start : start + size]
-            said = respond(
-                engine,
-                params,
-                [ids for _, ids in batch],
-                range(start, start + len(batch)),
-                tokenizer,
-                sampling,
-                seed=config.seed,
-            )
+            with display.track("attempts", size * samples, part=True) as attempts:
+                said = respond(
+                    engine,
+                    params,
+                    [ids for _, ids in batch],
+                    range(start, start + len(batch)),
+                    tokenizer,
+                    sampling,
+                    seed=config.seed,
+                    progress=attempts.drawn,
+                )
             verdicts = grade_all(grader, said.texts, [problem for problem, _ in batch])
             right = np.array([v.reward == 1 for v in verdicts]).reshape(-1, samples).sum(1)
             cut = np.array(said.cut).reshape(-1, samples).sum(1)

@@ -33,7 +33,7 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax.cli import enable_compilation_cache, run_entry, split_overrides
-from kdrl_jax.config import ROOT, apply_overrides, flatten, load_config, read_config
+from kdrl_jax.config import CONFIGS, apply_overrides, flatten, load_config, read_config
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
     PAPER_COLUMNS,
@@ -56,9 +56,10 @@ from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
 from kdrl_jax.network import set_offline
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.meshes import rollout_mesh
-from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder
-from kdrl_jax.training.problems import make_grader
+from kdrl_jax.training.metrics import lock_folder, unlock_folder
+from kdrl_jax.training.problems import GRADING, make_grader
 from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
@@ -68,7 +69,7 @@ READS = (
     *("seed", "cache_dir", "offline", "student.dtype", "data.prompt_style", "data.prompt_buckets"),
     *("mesh.", "rollout_mesh."),
     *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
-    *("eval.samples", "reward."),
+    *("eval.samples", *(f"reward.{key}" for key in GRADING)),
 )
 
 
@@ -114,7 +115,7 @@ def evaluate(
         lock_folder(output)
         enable_compilation_cache(Path(config.cache_dir))
         display.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {policy}")
-        model, params, _ = load_policy(policy, mesh, config.student.dtype)
+        model, params, _ = load_policy(policy, mesh, config.student.dtype, display)
         longest = max(len(question.prompt) for plan in plans for question in plan.questions)
         engine = RolloutEngine(
             model,
@@ -145,6 +146,7 @@ def evaluate(
     write_atomic(output / "results.json", json.dumps(results, indent=2) + "\n")
     table = markdown(results, [other for other in others if other])
     write_atomic(output / "results.md", table)
+    display.event("result", results)
     display.say(f"\n{table}\neverything is in {output}")
     unlock_folder(output)
     return results
@@ -185,7 +187,7 @@ def _read_config(
     if file:
         config, problems = read_config(file, overrides)
     elif saved and saved.is_file():
-        config = load_config(ROOT / "configs" / "base.py")
+        config = load_config(CONFIGS / "base.py")
         known = flatten(config)
         values = flatten(ConfigDict(json.loads(saved.read_text(encoding="utf-8"))))
         lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}

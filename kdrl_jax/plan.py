@@ -28,6 +28,7 @@ from kdrl_jax.network import set_offline
 from kdrl_jax.planning.machines import parse_topology
 from kdrl_jax.planning.run_plan import PROGRAMS, make_run_plan
 from kdrl_jax.planning.table import text_of
+from kdrl_jax.training.display import emit
 from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     named = args.compile not in (None, "none")
     plan = make_run_plan(config, machine, programs, required=named)
     print(text_of(plan))
+    emit("result", **plan.to_json())
     if args.output:
         write_atomic(args.output, json.dumps(plan.to_json(), indent=1) + "\n")
     if args.check and not plan.fits:

@@ -29,7 +29,8 @@ from kdrl_jax.reproduction.record import add_sitting, facts
 from kdrl_jax.reproduction.report import write_report
 from kdrl_jax.reproduction.results import read_results
 from kdrl_jax.reproduction.runner import missing_cells, run_cells
-from kdrl_jax.training.metrics import Display, lock_folder, unlock_folder
+from kdrl_jax.training.display import Display
+from kdrl_jax.training.metrics import lock_folder, unlock_folder
 from kdrl_jax.types import UserError
 
 

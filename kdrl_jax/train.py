@@ -26,16 +26,24 @@ from kdrl_jax.objectives import Trend
 from kdrl_jax.rollout import Engine, RolloutEngine, sampling_params
 from kdrl_jax.shapes import require_installed
 from kdrl_jax.sharding import put_batch
+from kdrl_jax.training.adapters import init_adapters
+from kdrl_jax.training.base import build_base
 from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.collect import Collector, mixed, solved
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.health import Health
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
-from kdrl_jax.training.metrics import Display, unlock_folder
+from kdrl_jax.training.metrics import unlock_folder
 from kdrl_jax.training.performance import Meter
-from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
+from kdrl_jax.training.problems import (
+    load_run_tokenizer,
+    make_grader,
+    make_reward_functions,
+    read_run_data,
+)
 from kdrl_jax.training.roles import (
     build_role,
     check_roles,
@@ -89,10 +97,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # --- Student and teacher -------------------------------------------------------------------
     with processes.together():
-        shapes = check_roles(config, sizes, tokenizer, meshes)
+        with display.doing("checking the models' files"):
+            shapes = check_roles(config, sizes, tokenizer, meshes)
         job = (config, sizes, shapes, meshes)
         memory = MemoryCheck(*job).require(display)
-        student = decoder_of(config.student, shapes["student"])
+        student = decoder_of(config.student, shapes["student"], sizes.lora)
         # Rollouts may be of another dtype than updates: mismatch/kl says what that costs.
         sampler_model = dataclasses.replace(student, dtype=sizes.rollout_dtype)
         server = connect(config, sampler_model, tokenizer, problems, workdir, display)
@@ -100,14 +109,18 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     store = open_workdir(workdir, config, shapes["student"], tokenizer, data_report)
     start = store.latest_step()
     processes.agree(str(workdir), {"newest checkpoint": str(start)})
-    teacher = reference = None
+    teacher = reference = base = None
     if sizes.method.uses_teacher:
         model = decoder_of(config.teacher, shapes["teacher"])
         params = build_role("teacher", config, model, tokenizer, meshes.teacher, display)
         teacher = Weights(model, params, meshes.teacher, offload=config.teacher.offload)
+    if student.lora:  # they alone are trained; the initial student is their base
+        base = build_base(config, student, tokenizer, mesh, workdir, display)
     if config.reference_coef:
-        params = build_role("student", config, student, tokenizer, mesh, display)
-        reference = Weights(student, student.cast(params), mesh)
+        initial = base or student.cast(
+            build_role("student", config, student, tokenizer, mesh, display)
+        )
+        reference = Weights(student.base, initial, mesh)
     o = config.optimizer
     optimizer = make_optimizer(
         make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps * sizes.updates),
@@ -122,6 +135,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mesh,
         teacher=teacher,
         reference=reference,
+        base=base,
         valid_vocab=tokenizer.size,
         mask_final_eos=sizes.method.uses_teacher and ends_differently(config, tokenizer),
         checks=checks,
@@ -150,11 +164,15 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # functions of step and data position, which is 1 rollout batch a step but for refilled ones.
     position, trend, carried, watched = 0, Trend(), "", None
     if start is None:
-        params = build_role("student", config, student, tokenizer, mesh, display)
+        if student.lora:
+            params = init_adapters(student, jax.random.key(config.seed), mesh)
+        else:
+            params = build_role("student", config, student, tokenizer, mesh, display)
         state = init_state(params, optimizer, mesh)
         del params
     else:
-        state, meta = store.restore(abstract_state(student, optimizer, mesh), display.say)
+        with display.doing("reading the checkpoint"):
+            state, meta = store.restore(abstract_state(student, optimizer, mesh), display.say)
         start = meta["step"]
         if meta["data"] != data_digest:
             raise UserError(
@@ -169,8 +187,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     # --- Loop ----------------------------------------------------------------------------------
     health = Health(config.health.to_dict(), sizes.method, config.kd_mask, watched)
     book = Run(config, workdir, start, store, display, data_digest, trend, health, memory, meter)
-    grading = make_grader(config, config.data.task)
-    with processes.explained(), grading as grader, book as run, jax.debug_nans(config.debug):
+    grading, judging = make_grader(config, config.data.task), make_reward_functions(config)
+    with (
+        processes.explained(),
+        grading as grader,
+        judging as functions,
+        book as run,
+        jax.debug_nans(config.debug),
+    ):
         collector = Collector(
             engine_of(teacher.model) if teacher and by_teacher else engine,
             problems,
@@ -183,6 +207,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             carry=ro.carry,
             carried=carried,
             useful=solved if sizes.method.supervised else mixed,
+            phases=run.phases,
+            functions=functions,
         )
 
         def evaluate_student(step: int) -> None:
@@ -190,7 +216,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 run.wait(then="eval")
                 keys = ("samples", "batch", "temperature")
                 settings = {k: config.eval[k] for k in keys} | {"seed": config.seed}
-                scores, _ = evaluate(engine, state.params, held_out, tokenizer, grader, **settings)
+                settings["progress"] = run.phases.evaluated
+                policy = learner.policy(state.params)
+                scores, _ = evaluate(engine, policy, held_out, tokenizer, grader, **settings)
                 run.evaluated(step, scores)
 
         if start is None:
@@ -198,7 +226,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         step = start or 0
         while step < config.steps and not run.stopping:
             with jax.transfer_guard("disallow"):  # every copy between host and device is meant
-                sampler = teacher.params if teacher and by_teacher else state.params
+                policy = learner.policy(state.params)
+                sampler = teacher.params if teacher and by_teacher else policy
                 # Meanwhile the last step's metrics are read.
                 found, position = collector.collect(sampler, position, run.settle)
                 rollouts = put_batch(mesh, found.rollouts)
@@ -210,20 +239,21 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 rows = learner.rows(found.rollouts, rollouts)
                 scores = learner.score(state.params, rows, beta, now.temperature)
                 rewards = found.rewards  # graded by the host while the devices score
+                correct = found.correct if config.reward.functions else None
                 jax.block_until_ready(scores)
                 if checks:
-                    checks.scored(rewards, rows, scores, found.rollouts)
+                    checks.scored(rewards, rows, scores, found.rollouts, correct)
                 run.clock.lap("score", then="update")
 
+                told = (rows, rollouts, rewards, scores, now)
+                traces = learner.traces(*told, correct, run.samples_due(step + 1))
                 probe = health.probe_due(step + 1, beta)
-                state, metrics = learner.learn(
-                    state, rows, rollouts, rewards, scores, now, probe=probe
-                )
+                state, metrics = learner.learn(state, *told, correct=correct, probe=probe)
 
             step += 1
             numbers = {"beta": beta, **found.metrics, **collector.verification()}
             run.step_done(step, metrics, numbers, found, scores)
-            run.write_samples(step, found, tokenizer)
+            run.write_samples(step, found, tokenizer, traces)
             evaluate_student(step)
             if step % config.checkpoint.every == 0 or step == config.steps:
                 run.save(step, state, position, collector.carried)

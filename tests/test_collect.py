@@ -29,7 +29,7 @@ class Engine:
         self.widths, self.expected = [], []
 
     def generate(
-        self, params, prompts, keys, sampling, *, expected_lengths, meanwhile, on_finished
+        self, params, prompts, keys, sampling, *, expected_lengths, meanwhile, on_finished, progress
     ):
         assert keys.shape == (P, G)
         self.expected.append(expected_lengths)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from kdrl_jax import config as config_module
 from kdrl_jax.cli import split_overrides
 from kdrl_jax.config import ROOT, apply_overrides, flatten, load_config, split_variant, to_json
 from kdrl_jax.tasks.registry import get_task
@@ -92,6 +93,7 @@ def test_settings_of_rlad() -> None:
 def test_a_variant_is_named_after_the_file(tmp_path: Path) -> None:
     assert split_variant("configs/stage2.py:k3") == (Path("configs/stage2.py"), "k3")
     assert split_variant("configs/stage2.py") == (Path("configs/stage2.py"), "")
+    assert split_variant("stage2:k3,constant") == (Path("stage2"), "k3,constant")
     assert load_config(ROOT / "configs" / "stage2.py:k3").kd_estimator == "k3"
     both = load_config(ROOT / "configs/stage2.py:k3,constant")
     assert (both.kd_estimator, both.beta.schedule) == ("k3", "constant")
@@ -215,6 +217,43 @@ def test_unknown_missing_and_mistyped_keys_of_a_file(tmp_path: Path) -> None:
 def test_missing_config_file_names_those_that_exist() -> None:
     with pytest.raises(UserError, match=r"no file .*stage3.py; there are .*stage2.py"):
         load_config(ROOT / "configs" / "stage3.py")
+    with pytest.raises(UserError, match=r"no file stage3; there are .*\bstage2\b"):
+        load_config("stage3")
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("demo", "data.task", "arithmetic"),
+        ("stage2:k3", "kd_estimator", "k3"),
+        ("stage2.py:k3,group_mask", "kd_mask", "group"),
+        ("configs/stage2.py:k3", "kd_estimator", "k3"),
+        ("reproduce/arithmetic:weak_teacher", "teacher.sft.steps", 180),
+    ],
+)
+def test_the_projects_own_configs_serve_in_any_folder(
+    name: str, key: str, value, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config_module._say_once.cache_clear()
+    assert flatten(load_config(name))[key] == value
+    assert load_config(name) == load_config(name)  # and is not said again
+    (line,) = capsys.readouterr().err.splitlines()
+    file = split_variant(name)[0]
+    assert line.startswith(f"--config: no file {file} here; {ROOT / 'configs'}")
+
+
+def test_a_file_in_the_folder_comes_first(tmp_path: Path, monkeypatch, capsys) -> None:
+    """Also one that imports the project's own by the same name."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "demo.py").write_text(
+        "from configs.base import get_config as base\n\n\n"
+        "def get_config():\n    c = base()\n    c.steps = 7\n    return c\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/demo.py").steps == 7
+    assert load_config("demo").steps == 300
+    assert "configs/demo.py here" not in capsys.readouterr().err
 
 
 def test_resume_refuses_another_config_but_lets_a_run_grow() -> None:

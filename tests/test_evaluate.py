@@ -27,8 +27,8 @@ from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, request_keys
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.checkpoints import save_params
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import evaluate as evaluate_held_out
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.roles import write_model_files
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Problem, Rollouts, UserError
 
@@ -60,7 +60,7 @@ class ScriptedEngine:
     def __init__(self, tokenizer):
         self.tokenizer, self.calls = tokenizer, []
 
-    def generate(self, params, prompts, keys, sampling) -> Rollouts:
+    def generate(self, params, prompts, keys, sampling, progress) -> Rollouts:
         self.calls.append(prompts.tokens.shape)
         draws = np.asarray(jax.vmap(jax.vmap(lambda k: jax.random.randint(k, (), 0, 12)))(keys))
         tokens = np.zeros((*draws.shape, self.max_new_tokens), np.int32)

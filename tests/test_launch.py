@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -10,16 +11,20 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from launch_cases import ROOT, Cluster, executable
+from launch_cases import RECORD, ROOT, Cluster, executable
 from test_train import command
 
+from kdrl_jax.cli import parse_config_args
 from kdrl_jax.training.metrics import read_metrics
+from kdrl_jax.training.validation import validate
+from kdrl_jax.types import UserError
 
 LAUNCH = ROOT / "launch"
 SHELL = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
@@ -69,6 +74,35 @@ def test_a_bare_machine_gets_an_environment(tmp_path, script, extras):
     assert uv == ["uv", "venv", "--quiet", "--seed", "--python", "3.12", ".venv"]
     assert pip[:3] == ["-m", "pip", "install"]
     assert pip[-2:] == ["--editable", f".[{extras}]"]
+
+
+# --- Demo --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [0, 75], ids=["finished", "stopped"])
+def test_the_demo_says_what_comes_next(tmp_path, monkeypatch, code):
+    cluster = Cluster(tmp_path)
+    ends = "sys.exit(int(os.environ['CODE']) if 'kdrl_jax.train' in sys.argv else 0)"
+    executable(cluster.venv / "bin" / "python", f"#!{sys.executable}\n{RECORD}{ends}\n")
+    ended, output = cluster.run("bash", "launch/demo.sh", "--config.steps=2", CODE=str(code))
+    assert ended == code, output
+    pip, train, *rest = [call[2:] for call in cluster.calls()]
+    assert (pip[0], pip[-1]) == ("pip", ".[plot]")
+    run = ["--config=configs/demo.py", "--workdir=runs/demo"]
+    assert train == ["kdrl_jax.train", *run, "--config.steps=2"]
+    assert rest == ([] if code else [["kdrl_jax.report", "runs/demo"]])
+    printed = dict(re.findall(r"^  python -m (kdrl_jax\.\w+) (.*)$", output, re.MULTILINE))
+    if code:
+        assert not printed
+        return
+    config, workdir = parse_config_args(shlex.split(printed.pop("kdrl_jax.train")), "")
+    assert (config.objective, workdir) == ("grpo", Path("runs/demo_grpo"))
+    validate(config)
+    monkeypatch.chdir(tmp_path)  # where there is no such run, which is all that may be wrong
+    assert set(printed) == {"kdrl_jax.report", "kdrl_jax.convert"}
+    for module, arguments in printed.items():
+        with pytest.raises(UserError, match=r"^runs/demo: "):
+            importlib.import_module(module).main(shlex.split(arguments))
 
 
 # --- TPU VMs -----------------------------------------------------------------------------------

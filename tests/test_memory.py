@@ -19,6 +19,7 @@ from kdrl_jax.rollout import decode as device
 from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training import step
 from kdrl_jax.training.batch import Rows
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.footprint import Placed
 from kdrl_jax.training.learner import Learner
 from kdrl_jax.training.memory import GIB, Levers, Planner
@@ -30,7 +31,6 @@ from kdrl_jax.training.memory_check import (
     out_of_memory,
 )
 from kdrl_jax.training.meshes import Meshes
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.scoring import Scorer
 from kdrl_jax.training.state import abstract_state, make_optimizer, make_schedule
 from kdrl_jax.training.validation import validate
@@ -101,9 +101,9 @@ def arrays(count, length, tail) -> TrainBatch:
     return TrainBatch(ids, ids, ids, numbers, None, numbers, numbers, numbers, numbers)
 
 
-def lowered_update(config, model, mesh):
+def lowered_update(config, model, mesh, lora=None):
     """The update's program, from shapes alone."""
-    decoder = Decoder(model, config.student.dtype, config.student.remat)
+    decoder = Decoder(model, config.student.dtype, config.student.remat, lora)
     optimizer = make_optimizer(
         make_schedule(1e-3, 0, "constant", 9),
         **{"b1": 0.9, "b2": 0.99, "eps": 1e-8, "weight_decay": 0.1, "clip_norm": 1.0},
@@ -126,7 +126,8 @@ def lowered_update(config, model, mesh):
         valid_vocab=model.vocab_size,
         chunk=config.logprob_chunk,
     )
-    return update.lower(state, batch, hyper)
+    base = decoder.base.shapes() if lora else None
+    return update.lower(state, batch, hyper, base=base)
 
 
 # --- the estimates ---------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from kdrl_jax.planning.run_plan import make_run_plan
 from kdrl_jax.planning.table import text_of
 from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
 from kdrl_jax.sharding import make_mesh, put_batch
+from kdrl_jax.training.adapters import init_adapters
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.memory import GIB
 from kdrl_jax.training.meshes import Meshes, make_meshes
@@ -309,8 +310,9 @@ def bare(lowered) -> str:
         {"kd_estimator": "topk", "kd_topk.k": 3, "mini_batches": 2},  # old student and support
         {"kd_estimator": "full", "reference_coef": 0.1},
         {"teacher.dtype": "int8"},
+        {"student.lora.rank": 2, "reference_coef": 0.1, "mini_batches": 2},
     ],
-    ids=["packed", "padded", "topk", "full", "int8"],
+    ids=["packed", "padded", "topk", "full", "int8", "lora"],
 )
 def test_programs_are_those_of_a_step(changes, monkeypatch, rng):
     config = tiny(**changes)
@@ -341,13 +343,13 @@ def test_programs_are_those_of_a_step(changes, monkeypatch, rng):
     call, scored = Update.__call__, Scorer._run
     monkeypatch.setattr(Update, "__call__", spy_update)
     monkeypatch.setattr(Scorer, "_run", spy_score)
-    student = decoder_of(config.student, shapes["student"])
+    student = decoder_of(config.student, shapes["student"], sizes.lora)
     o = config.optimizer
     optimizer = make_optimizer(
         make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps),
         **{k: o[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")},
     )
-    params = init_params(student, jax.random.key(0), mesh)
+    params = init_params(student.base, jax.random.key(0), mesh)
     model = decoder_of(config.teacher, shapes["teacher"])
     frozen = init_params(model, jax.random.key(1), teacher_mesh)
     if config.teacher.dtype == "int8":
@@ -355,8 +357,10 @@ def test_programs_are_those_of_a_step(changes, monkeypatch, rng):
 
         frozen = quantize(jax.tree.map(lambda x: x.astype("bfloat16"), frozen))
     teacher = Weights(model, frozen, teacher_mesh)
-    reference = Weights(student, student.cast(params), mesh)
-    state = init_state(params, optimizer, mesh)
+    reference = Weights(student.base, student.cast(params), mesh)
+    base = reference.params if student.lora else None
+    trained = init_adapters(student, jax.random.key(2), mesh) if student.lora else params
+    state = init_state(trained, optimizer, mesh)
     learner = Learner(
         config,
         sizes,
@@ -365,6 +369,7 @@ def test_programs_are_those_of_a_step(changes, monkeypatch, rng):
         mesh,
         teacher=teacher,
         reference=reference if config.reference_coef else None,
+        base=base,
         valid_vocab=ids,
         mask_final_eos=False,
     )

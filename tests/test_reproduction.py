@@ -38,7 +38,7 @@ from kdrl_jax.reproduction.runner import Job
 from kdrl_jax.reproduction.statistics import Interval, at_time, bootstrap, paired
 from kdrl_jax.reproduction.study import Study
 from kdrl_jax.reproduction.tables import change, number
-from kdrl_jax.training.metrics import Display
+from kdrl_jax.training.display import Display
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -387,8 +387,16 @@ def test_requests_are_handed_over_as_they_end(params):
     )
     limits = np.array([[1, 2, 70], [40, 5, 6], [7, 8, 9], [80, 11, 12]], np.int32)
     sampling = dataclasses.replace(settings((4, 3), (2, 3)), max_new_tokens=jnp.asarray(limits))
-    calls = []
-    out = make.generate(params, prompts, keys, sampling, on_finished=calls.append)
+    calls, counts = [], []
+    out = make.generate(
+        *(params, prompts, keys, sampling),
+        on_finished=calls.append,
+        progress=lambda *count: counts.append(count),
+    )
+    # How far it is, at each look of the host and in the end.
+    assert counts == sorted(counts)
+    assert len(counts) > 2
+    assert counts[-1] == (12, out.lengths.sum())
     finished = [request for call in calls for request in call]
     assert sorted(request.number for request in finished) == list(range(12))
     assert sum(map(bool, calls)) > 2
@@ -535,3 +543,47 @@ def test_wrong_shapes_are_refused(params):
         )
     with pytest.raises(ValueError, match=r"must be \[P, G\]"):
         engine().generate(params, prompts, request_keys(0, 0, range(3), 2), settings((3, 2)))
+
+
+# --- tokens as they are drawn ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5])
+def test_tokens_can_be_watched_without_changing_them(params, chunk):
+    """What is handed out joins to what is returned, whatever the chunk; slots are refilled."""
+    prompts, keys = left_padded(5, seed=9), request_keys(4, 0, range(5), 3)
+    expected = engine().generate(params, prompts, keys, settings((5, 3)))
+    seen = {}
+
+    def watch(drawn):
+        for number, tokens, log_probs, finish in drawn:
+            assert 0 < len(tokens) <= chunk
+            assert number not in seen or seen[number][2] == UNFINISHED
+            before = seen.get(number, ((), (), UNFINISHED))
+            seen[number] = (*before[0], *tokens), (*before[1], *log_probs), finish
+
+    out = engine(chunk=chunk, slots=4).generate(
+        params, prompts, keys, settings((5, 3)), on_drawn=watch
+    )
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    np.testing.assert_array_equal(out.finish_reason, expected.finish_reason)
+    for number, (tokens, log_probs, finish) in seen.items():
+        place = divmod(number, 3)
+        n = out.lengths[place]
+        np.testing.assert_array_equal(tokens, out.tokens[place][:n])
+        np.testing.assert_array_equal(log_probs, out.log_probs[place][:n])
+        assert finish == out.finish_reason[place]
+    assert len(seen) == 15
+
+
+def test_who_watches_may_stop_a_call(params):
+    prompts, keys, make = left_padded(2), request_keys(4, 0, range(2), 1), engine(chunk=2)
+    whole = make.generate(params, prompts, keys, settings((2, 1), stop_ids=(-1,)))
+
+    def stop(drawn):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        make.generate(params, prompts, keys, settings((2, 1), stop_ids=(-1,)), on_drawn=stop)
+    again = make.generate(params, prompts, keys, settings((2, 1), stop_ids=(-1,)))
+    np.testing.assert_array_equal(whole.tokens, again.tokens)

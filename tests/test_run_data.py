@@ -6,7 +6,7 @@ import pytest
 
 from kdrl_jax.config import ROOT, load_config
 from kdrl_jax.data import SentencePieceTokenizer
-from kdrl_jax.training.metrics import Display
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.problems import read_run_data
 from kdrl_jax.types import UserError
 

@@ -13,18 +13,23 @@ from pathlib import Path
 import pytest
 
 from kdrl_jax.training import stopping
-from kdrl_jax.training.stopping import EXIT_STOPPED, EndAtOnce, StopRequest
+from kdrl_jax.training.stopping import (
+    EXIT_INTERRUPTED,
+    EXIT_STOPPED,
+    EndAtOnce,
+    StopRequest,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 START = """
-import hashlib, sys, threading, time
+import hashlib, os, signal, sys, threading, time
 from kdrl_jax.training import stopping
 from kdrl_jax.training.stopping import EndAtOnce, StopRequest
 """
 
 
-def told(code):
-    """Runs `code`, sends SIGTERM once it has printed a line, and returns code and stderr."""
+def told(code, number=signal.SIGTERM):
+    """Runs `code`, sends a signal once it has printed a line, and returns code and stderr."""
     process = subprocess.Popen(
         [sys.executable, "-c", START + code],
         cwd=ROOT,
@@ -34,7 +39,7 @@ def told(code):
     )
     try:
         assert process.stdout.readline() == "ready\n", process.stderr.read()
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(number)
         _, err = process.communicate(timeout=60)
     finally:
         process.kill()
@@ -79,6 +84,73 @@ with EndAtOnce(), StopRequest() as stop:
     print("saved", file=sys.stderr)
 """
     assert told(code) == (0, "saved\n")
+
+
+CTRL_C = """
+stopping.GRACE_S = 0.2
+def told(number):
+    print("finishing the step", file=sys.stderr, flush=True)
+with EndAtOnce(), StopRequest(told) as stop:
+    stop.step_made()
+"""
+
+
+def test_ctrl_c_is_answered_while_the_main_thread_computes():
+    """By another thread, and the main one goes on."""
+    code = (
+        CTRL_C
+        + """
+    threading.Timer(0.5, lambda: print("ready", flush=True)).start()
+    done = threading.Event()
+    threading.Timer(1.5, lambda: done.set() or print("computed", file=sys.stderr)).start()
+    done.wait()
+    print("saved", bool(stop), file=sys.stderr)
+"""
+    )
+    assert told(code, signal.SIGINT) == (0, "finishing the step\ncomputed\nsaved True\n")
+
+
+def test_a_second_ctrl_c_interrupts():
+    code = (
+        CTRL_C
+        + """
+    print("ready", flush=True)
+    while not stop:
+        time.sleep(0.01)
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(50)
+    except KeyboardInterrupt:
+        time.sleep(1)  # more than the grace: what is open is closed
+        print("closed", file=sys.stderr)
+"""
+    )
+    assert told(code, signal.SIGINT) == (0, "finishing the step\nclosed\n")
+
+
+def test_a_second_ctrl_c_ends_what_lets_no_handler_run():
+    code = (
+        CTRL_C
+        + """
+    threading.Timer(0.5, lambda: print("ready", flush=True)).start()
+    threading.Timer(2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    hashlib.pbkdf2_hmac("sha512", b"", b"", 2**31 - 1)
+"""
+    )
+    words = "finishing the step\ninterrupted; run the same command again\n"
+    assert told(code, signal.SIGINT) == (EXIT_INTERRUPTED, words)
+
+
+def test_ctrl_c_before_the_first_step_ends_at_once():
+    """There is nothing to save."""
+
+    def run():
+        with EndAtOnce(), StopRequest():
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        run()
 
 
 def test_within_a_run_before_its_first_step():

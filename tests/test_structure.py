@@ -12,8 +12,11 @@ FLOORS = {
     2: ("models", "objectives", "rewards"),
     3: ("rollout", "data", "tasks"),
     4: ("training",),
-    5: ("evaluation", "reproduction", "planning"),
-    6: ("cli", "train", "evaluate", "difficulty", "reproduce", "convert", "report", "plan"),
+    5: ("evaluation", "generation", "reproduction", "planning", "reporting"),
+    6: (
+        *("cli", "train", "evaluate", "generate", "difficulty", "reproduce", "convert", "report"),
+        *("plan", "scripts"),
+    ),
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 

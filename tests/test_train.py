@@ -29,7 +29,7 @@ from kdrl_jax.models import load_config, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings
 from kdrl_jax.training.checkpoints import abstract_params, restore_params
 from kdrl_jax.training.learner import Learner
-from kdrl_jax.training.metrics import CLOCKED, MetricsWriter, read_metrics
+from kdrl_jax.training.metrics import CLOCKED, MetricsWriter, read_metrics, sparkline
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,6 +86,10 @@ def rows(workdir):
     return [{k: v for k, v in row.items() if not k.startswith(CLOCKED)} for row in found]
 
 
+def evaluations(workdir):
+    return [row for row in rows(workdir) if "eval/accuracy" in row]
+
+
 def samples(workdir):
     return {p.name: p.read_text() for p in sorted((Path(workdir) / "samples").iterdir())}
 
@@ -115,7 +119,7 @@ def test_what_a_run_leaves(whole, cache):
         *("length/truncated_frac", "mismatch/kl", "time/rollout_s", "tokens_per_s/rollout"),
         *("tokens_per_s/update", "tokens_per_s/total", "perf/mfu_update", "perf/mfu_score"),
         *("perf/decode_roofline", "perf/slot_use", "share/rollout", "share/score"),
-        "share/update",
+        *("share/update", "kl/distilled"),
     }
     for row in metrics[1:]:
         assert promised <= row.keys()
@@ -125,6 +129,14 @@ def test_what_a_run_leaves(whole, cache):
     assert sorted(samples(whole)) == [f"step_{i:06d}.jsonl" for i in (2, 4, 6)]
     sample = json.loads(samples(whole)["step_000002.jsonl"].splitlines()[0])
     assert {"problem", "answer", "completion", "reward", "outcome", "length"} <= sample.keys()
+    for line in samples(whole)["step_000006.jsonl"].splitlines():
+        sample = json.loads(line)
+        assert "".join(sample["tokens"]) == sample["completion"]
+        lists = [sample[k] for k in ("tokens", "log_probs", "teacher_log_probs")]
+        assert [len(x) for x in lists] == [sample["length"]] * 3
+        assert all(x <= 0 for x in sample["log_probs"] + sample["teacher_log_probs"])
+        assert sample["trained"]
+        assert sample["distilled"]
     summary = json.loads((whole / "summary.json").read_text())
     assert summary["finished"]
     assert summary["steps"] == 6
@@ -139,6 +151,20 @@ def test_nothing_compiles_in_steady_state(whole):
     counts = [r["time/compilations"] for r in read_metrics(whole / "metrics.jsonl")[1:]]
     assert counts[0] > 0
     assert len(set(counts[2:])) == 1, counts
+
+
+def test_rewards_of_weight_0_change_nothing(whole, cache, tmp_path, monkeypatch):
+    """A run that keeps rewards and verdicts apart is, where they agree, the run that does not."""
+    (tmp_path / "idle_rewards.py").write_text("def idle(lengths): return [3.0] * len(lengths)\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    functions = {"reward.functions": '("idle_rewards:idle*0",)'}
+    found = run(tmp_path / "run", cache, steps=3, **functions)
+    own = {"reward/idle": 3.0, "reward/idle_failed_frac": 0.0}
+    for row, plain in zip(found, rows(whole), strict=False):
+        if row["step"]:
+            assert own.items() <= row.items()
+        extra = {*own, "reward/equal_frac"}
+        assert {k: v for k, v in row.items() if k not in extra} == plain
 
 
 def test_the_same_command_again_changes_nothing(whole, cache, capsys):
@@ -171,6 +197,15 @@ def test_killed_and_continued_equals_uninterrupted(whole, cache, tmp_path):
     assert {k: v for k, v in samples(workdir).items() if k in samples(whole)} == samples(whole)
 
 
+def test_a_learning_curve_in_a_line():
+    assert sparkline([0.0, 0.24, 0.5, 0.66, 0.999, 1.0]) == "▁▂▅▆██"
+    assert sparkline([0.3]) == "▃"
+    assert sparkline([]) == ""
+    long = [i / 999 for i in range(1000)]
+    assert sparkline(long, most=8) == "▁▂▃▄▅▆▇█"
+    assert len(sparkline(long)) == 40
+
+
 def told_after(stop_at, monkeypatch):
     """SIGTERM once step `stop_at` has been made."""
     original = train.Run.step_done
@@ -187,7 +222,11 @@ def test_sigterm_saves_and_the_run_continues(whole, cache, tmp_path, monkeypatch
     told_after(3, monkeypatch)
     with pytest.raises(SystemExit, match="75"):  # the same command again, says that to launchers
         run(tmp_path / "run", cache)
-    assert "stopped after step 3" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "stopped after step 3" in said
+    accuracy = {row["step"]: row["eval/accuracy"] for row in evaluations(tmp_path / "run")}
+    bars = sparkline(list(accuracy.values()))
+    assert f"so far: {accuracy[0]:.1%} {bars} {accuracy[3]:.1%}\n" in said
     assert (tmp_path / "run" / "checkpoints" / "3").is_dir()
     monkeypatch.undo()
     assert run(tmp_path / "run", cache) == rows(whole)
@@ -428,8 +467,11 @@ def test_distil_then_reinforce(cache, tmp_path):
     assert second["loss/kd"] == 0
 
 
-def test_report_draws_a_picture(whole, tmp_path):
+def test_report_draws_a_picture_and_a_page(whole, tmp_path):
     pytest.importorskip("matplotlib")
+    pytest.importorskip("plotly")
+    report.main([str(whole), f"--output={tmp_path / 'page' / 'report.html'}"])
+    assert sorted(p.name for p in (tmp_path / "page").iterdir()) == ["curves.png", "report.html"]
     report.main([str(whole), f"--output={tmp_path / 'a' / 'curves.png'}"])
     assert (tmp_path / "a" / "curves.png").read_bytes().startswith(b"\x89PNG")
 

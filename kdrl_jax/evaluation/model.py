@@ -7,13 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, load_tokenizer
-from kdrl_jax.models import Decoder, ModelConfig, load_hf
-from kdrl_jax.sharding import param_shardings
-from kdrl_jax.training.checkpoints import abstract_params, restore_params
+from kdrl_jax.models import Decoder, ModelConfig
+from kdrl_jax.models.lora import join
+from kdrl_jax.training.adapters import (
+    frozen_dtypes,
+    load_base,
+    load_weights,
+    read_record,
+    restore_adapters,
+)
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.roles import model_folder, read_model_config
 from kdrl_jax.types import Params, UserError
 
@@ -77,7 +85,7 @@ def find_policy(path: str | Path) -> PolicyFolder:
 
 
 def load_policy(
-    path: str | Path | PolicyFolder, mesh: Mesh, dtype: Any
+    path: str | Path | PolicyFolder, mesh: Mesh, dtype: Any, display: Display | None = None
 ) -> tuple[Decoder, Params, Tokenizer]:
     """The model with its weights, sharded on `mesh`, and its tokenizer.
 
@@ -85,6 +93,7 @@ def load_policy(
       path: see `find_policy`.
       dtype: of the computation. Weights are kept as `Decoder.cast` has them, so that a policy
         samples as it does while it is trained.
+      display: shows how far the weights are read.
 
     Raises:
       UserError: no such model, or files that do not fit it.
@@ -92,9 +101,13 @@ def load_policy(
     found = path if isinstance(path, PolicyFolder) else find_policy(path)
     tokenizer = found.tokenizer()
     model = Decoder(found.shape(), dtype=dtype)
-    if found.step is None:
-        _, params = load_hf(found.folder, mesh)
-    else:
-        like = abstract_params(model, param_shardings(mesh, model.shapes()))
-        params = restore_params(found.folder, like, found.step)
+    record = read_record(found.folder) if found.step is not None else None
+    display = display or Display(quiet=True)
+    with display.loading("weights") as progress:
+        if record is None:
+            params = load_weights(found.folder, model, mesh, jnp.float32, found.step, progress)
+        else:
+            base = load_base(record, model, mesh, frozen_dtypes(model), progress)
+            model = dataclasses.replace(model, lora=record.lora)
+            params = join(base, restore_adapters(found.folder, model, mesh, found.step))
     return model, jax.jit(model.cast)(params), tokenizer

@@ -12,8 +12,8 @@ from kdrl_jax.evaluation.planning import Question
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rewards.format import final_answer
 from kdrl_jax.rollout import RolloutEngine, sampling_params
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import Responses, grade_all, respond
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.types import Params, Problem, UserError, Verdict
 
 Row = dict[str, Any]
@@ -65,15 +65,17 @@ def ask(
     ):
         for start in range(done, len(order), size):
             asked = order[start : start + size]
-            said = respond(
-                engine,
-                params,
-                [q.prompt for q in asked],
-                [q.number for q in asked],
-                tokenizer,
-                settings,
-                seed=seed,
-            )
+            with display.track("responses", size * samples, part=True) as responses:
+                said = respond(
+                    engine,
+                    params,
+                    [q.prompt for q in asked],
+                    [q.number for q in asked],
+                    tokenizer,
+                    settings,
+                    seed=seed,
+                    progress=responses.drawn,
+                )
             problems = [q.problem for q in asked]
             verdicts = grade_all(grader, said.texts, problems)
             new = _rows(problems, said, verdicts, samples, grader.require_format)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kdrl_jax.config import ROOT, apply_overrides, load_config
+from kdrl_jax.config import CONFIGS, apply_overrides, load_config
 from kdrl_jax.reproduction.methods import METHODS
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
@@ -132,7 +132,7 @@ def _grid_problems(found: ConfigDict, path: str | Path) -> Iterable[str]:
 
 def _expand(values: dict[str, Any]) -> tuple[list[Cell], list[str]]:
     cells, problems, bases = [], [], {}
-    reference = load_config(ROOT / "configs" / "base.py")
+    reference = load_config(CONFIGS / "base.py")
     for seed in values["seeds"]:
         for task, path in values["tasks"].items():
             ablations = values["ablations"] if task == values["ablation_task"] else ()

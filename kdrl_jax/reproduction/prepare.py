@@ -16,9 +16,9 @@ from kdrl_jax.models import Decoder
 from kdrl_jax.reproduction.grid import Cell, Grid
 from kdrl_jax.reproduction.runner import Job, read_json
 from kdrl_jax.rollout import RolloutEngine
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.meshes import make_meshes
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import build_role, check_roles
 from kdrl_jax.training.storage import write_atomic

@@ -19,7 +19,7 @@ from typing import Any
 
 from kdrl_jax.config import to_json
 from kdrl_jax.reproduction.grid import Cell, Grid
-from kdrl_jax.training.metrics import Display
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import compare_for_resume
 from kdrl_jax.types import UserError

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import importlib
 import inspect
 import json
-import operator
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from kdrl_jax.config import load_attribute
 from kdrl_jax.rewards.pool import Verifier
 from kdrl_jax.rewards.text_answer import same_text
 from kdrl_jax.tasks import arithmetic, knights_knaves, reasoning_gym
@@ -146,23 +143,7 @@ def task_verifier(name: str) -> Verifier | str | None:
 
 
 def _own_task(name: str) -> Task:
-    module_name, _, attribute = name.partition(":")
-    if os.getcwd() not in map(os.path.abspath, sys.path):
-        sys.path.append(os.getcwd())
-    try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
-        raise UserError(
-            f"data.task: {name!r}: importing {module_name} failed, {type(error).__name__}: "
-            f"{error}; name a module in the working directory or on PYTHONPATH"
-        ) from error
-    try:
-        task = operator.attrgetter(attribute)(module)
-    except AttributeError as error:
-        raise UserError(
-            f"data.task: {name!r}: {module_name} has no attribute {attribute!r}; there are "
-            f"{', '.join(n for n, v in vars(module).items() if isinstance(v, Task)) or 'no tasks'}"
-        ) from error
+    task = load_attribute("data.task", name, lambda x: isinstance(x, Task), "tasks")
     if not isinstance(task, Task):
         raise UserError(
             f"data.task: {name!r} is a {type(task).__name__}; make it a kdrl_jax.tasks.Task"

@@ -118,6 +118,7 @@ def build_batch(
     rewards: Float[Array, "P G"],
     scores: Scores,
     beta: Float[Array, ""],
+    correct: Float[Array, "P G"] | None = None,
     *,
     method: Method,
     aggregation: str,
@@ -135,9 +136,10 @@ def build_batch(
 
     Args:
       rows: what `scores` are of.
-      rewards: 0 or 1 for each rollout.
+      rewards: of each rollout; what advantages are made of.
       scores: see `Scores`; without teacher log-probs nothing is distilled.
       beta: β, used here by reward shaping alone.
+      correct: the verifier's 1 and 0, which masks go by; None: they are the rewards.
       method: what the objective takes from rewards and teacher.
       aggregation, kd_mask, scale, baseline: see `kdrl_jax.objectives`.
       overlong: (buffer, penalty) of `overlong_penalty`.
@@ -155,7 +157,7 @@ def build_batch(
     p, g, t = rollouts.tokens.shape
     packing = rows.packing
     lengths, finish = rollouts.lengths.reshape(p * g), rollouts.finish_reason.reshape(p * g)
-    outcomes = rewards.reshape(p * g)
+    outcomes = (rewards if correct is None else correct).reshape(p * g)
     mask = jnp.arange(t)[None, :] < lengths[:, None]
     judged = jnp.ones_like(mask)
     if mask_final_eos:

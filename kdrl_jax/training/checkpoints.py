@@ -360,9 +360,11 @@ def _by_layer(params: Params) -> Any:
 
 
 def abstract_params(model: Any, shardings: Any, dtype: Any = jnp.float32) -> Params:
-    """Shapes of a model's weights with shardings, to restore into as `dtype`."""
+    """Shapes of a model's weights with shardings, to restore into as `dtype`, or a tree of them."""
+    dtypes = dtype if isinstance(dtype, dict) else jax.tree.map(lambda _: dtype, shardings)
     return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s),
+        lambda x, s, kind: jax.ShapeDtypeStruct(x.shape, kind, sharding=s),
         model.shapes(),
         shardings,
+        dtypes,
     )

@@ -74,11 +74,19 @@ class Checks:
         )
         self._all("rollouts.tokens, stopping before the end,", ~early, tokens)
 
-    def scored(self, rewards: np.ndarray, rows: Rows, scores: Scores, found: Rollouts) -> None:
+    def scored(
+        self,
+        rewards: np.ndarray,
+        rows: Rows,
+        scores: Scores,
+        found: Rollouts,
+        correct: np.ndarray | None = None,
+    ) -> None:
         """When graders and models have spoken.
 
         Args:
           rewards: `[P, G]`.
+          correct: the verifier's 1 and 0 `[P, G]`; None: they are the rewards.
           rows: that the models read; each token of `found` must be in them once.
 
         Raises:
@@ -87,7 +95,12 @@ class Checks:
         mask = _mask(found)
         if rewards.shape != mask.shape[:2]:
             self._fail("rewards", f"shape {rewards.shape} for rollouts {mask.shape[:2]}")
-        self._all("rewards", (rewards == 0) | (rewards == 1), rewards)
+        verdicts, weight = correct, self._config.reward.verdict_weight
+        if verdicts is None:
+            self._all("rewards", (rewards == 0) | (rewards == np.float32(weight)), rewards)
+        else:
+            self._all("rewards", np.isfinite(rewards), rewards)
+            self._all("correct", (verdicts == 0) | (verdicts == 1), verdicts)
         self._rows(rows, found, mask.reshape(-1, mask.shape[-1]))
         heard = _trained(rows, mask)
         for name in ("old_log_probs", "reference_log_probs", "teacher_log_probs"):

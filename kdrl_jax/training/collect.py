@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 
 from kdrl_jax import processes
 from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
-from kdrl_jax.rewards import Grader
+from kdrl_jax.rewards import Grader, OwnReward, RewardFunctions
 from kdrl_jax.rollout import (
     DecodeStats,
     Engine,
@@ -30,8 +30,11 @@ from kdrl_jax.training.carried import (
     split_groups,
     to_text,
 )
-from kdrl_jax.training.evaluation import EncodedProblem, share_verdicts
+from kdrl_jax.training.display import Display
+from kdrl_jax.training.evaluation import EncodedProblem, completion_texts, share_verdicts
+from kdrl_jax.training.phases import Phases
 from kdrl_jax.types import (
+    FINISH_LENGTH,
     UNFINISHED,
     Params,
     Problem,
@@ -43,21 +46,28 @@ from kdrl_jax.types import (
 Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
 
 
-def mixed(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
-    """Groups that policy gradients learn from: those whose rewards are not all equal."""
-    return rewards.max(axis=1) != rewards.min(axis=1)
+Own = dict[str, OwnReward]
+"""What each of `reward.functions` gives, by its name."""
 
 
-def solved(rewards: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+def mixed(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+    """Groups that policy gradients learn from: those with right and wrong responses."""
+    return correct.max(axis=1) != correct.min(axis=1)
+
+
+def solved(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
     """Groups that rejection sampling learns from: those with a right response."""
-    return rewards.max(axis=1) > 0
+    return correct.max(axis=1) > 0
 
 
 class Collected:
-    """P·G rollouts of one step. Asking for `verdicts` waits for the graders of all processes.
+    """P·G rollouts of one step. Asking for `verdicts` waits for the graders of all processes,
+    asking for `own` or `rewards` for reward functions too.
 
     Args:
       decoding: what drawing them took, with those that were replaced.
+      functions: make the reward of verdicts and `own`.
+      own: what the functions give to these rollouts.
     """
 
     def __init__(
@@ -66,11 +76,13 @@ class Collected:
         rollouts: Rollouts,
         grade: Callable[[], list[Verdict]],
         decoding: DecodeStats,
+        functions: RewardFunctions,
+        own: Callable[[Collected], Own],
     ):
         self.asked, self.rollouts = asked, rollouts
         self.decoding = decoding
         self.metrics: dict[str, float] = {}
-        self._grade = grade
+        self._grade, self._functions, self._own = grade, functions, own
 
     @functools.cached_property
     def verdicts(self) -> list[Verdict]:
@@ -78,10 +90,20 @@ class Collected:
         return self._grade()
 
     @property
-    def rewards(self) -> Float[np.ndarray, "P G"]:
-        """Outcome rewards, float32."""
+    def correct(self) -> Float[np.ndarray, "P G"]:
+        """The verifier's 1 and 0, float32."""
         rewards = [verdict.reward for verdict in self.verdicts]
         return np.array(rewards, np.float32).reshape(len(self.asked), -1)
+
+    @functools.cached_property
+    def own(self) -> Own:
+        """What reward functions give."""
+        return self._own(self)
+
+    @property
+    def rewards(self) -> Float[np.ndarray, "P G"]:
+        """What advantages are made of, float32: `correct`, unless functions say more."""
+        return self._functions.total(self.correct, self.own)
 
 
 class Collector:
@@ -95,6 +117,8 @@ class Collector:
       carry: problems that are sampled beyond the P of a step, which begins as soon as P are done.
         The others go on in the next step (partial rollouts, arXiv 2501.12599).
       carried: those of an earlier collector, from its `carried`.
+      phases: is told how far rollouts and verification are.
+      functions: rewards of the user's own; default: none.
     """
 
     def __init__(
@@ -111,11 +135,15 @@ class Collector:
         useful: Useful = mixed,
         carry: int = 0,
         carried: str = "",
+        phases: Phases | None = None,
+        functions: RewardFunctions | None = None,
     ):
         self._engine, self._problems, self._batches = engine, problems, batches
         self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
         self._seed, self._refill, self._useful = seed, refill, useful
+        self._functions = functions or RewardFunctions()
         self._seen: dict[int, float] = {}  # mean length of a problem's last completions
+        self._phases = phases or Phases(Display(quiet=True), teacher=False)
         self._group = sampling.max_new_tokens.shape[1]
         self._carry, self._carried = carry, from_text(carried)
         # Groups of several batches are joined, so they must be of one width.
@@ -148,13 +176,13 @@ class Collector:
         if not self._refill:
             return found, position
         drawn = [found.rewards]
-        while not (useful := self._useful(found.rewards)).all() and len(drawn) <= self._refill:
+        while not (useful := self._useful(found.correct)).all() and len(drawn) <= self._refill:
             more, position = self._draw(params, position), position + 1
             drawn.append(more.rewards)
             found = self._replace(found, useful, more)
         found.metrics = {
             "rollout/batches": float(len(drawn)),
-            "rollout/useful_frac": float(self._useful(found.rewards).mean()),
+            "rollout/useful_frac": float(self._useful(found.correct).mean()),
             "reward/drawn_mean": float(np.mean(drawn)),
         }
         return found, position
@@ -182,7 +210,7 @@ class Collector:
         rest = [p for p in range(len(groups)) if p not in picks]
         self._carried = split_groups(groups, found.rollouts, rest)
         total = found.rollouts.lengths[picks].sum()
-        found = self._pick(found, picks)
+        found = self._pick(found, picks, self._ask_functions)
         found.metrics = {
             "rollout/carried_frac": float((before[picks] > 0).mean()),
             "rollout/stale_frac": float(before[picks].sum() / total),
@@ -219,6 +247,7 @@ class Collector:
             texts = [self._tokenizer.decode(request.tokens.tolist()) for request in own]
             problems = [asked[number // self._group][0] for number in numbers]
             graded.append((numbers, self._grade(texts, problems)))
+            self._phases.grading(len(numbers), graded[-1][1])
 
         def grade() -> list[Verdict]:
             found = {n: v for ns, job in graded for n, v in zip(ns, job.result(), strict=True)}
@@ -230,6 +259,7 @@ class Collector:
             begun = join_groups(groups, prompts)
             options = {"begun": begun, "enough": self._batches.per_step}
             read(finished_requests(begun))
+        self._phases.drawing(keys.size)
         rollouts = self._engine.generate(
             params,
             prompts,
@@ -237,17 +267,55 @@ class Collector:
             self._sampling,
             meanwhile=meanwhile,
             on_finished=read,
+            progress=self._phases.drawn,
             **options,
         )
         done = (rollouts.finish_reason != UNFINISHED).all(axis=1)
         lengths = rollouts.lengths.mean(1)[done].tolist()
         self._seen.update(zip(np.asarray(chosen)[done].tolist(), lengths, strict=True))
-        return Collected(asked, rollouts, grade, self._engine.last)
+        own = self._ask_functions
+        return Collected(asked, rollouts, grade, self._engine.last, self._functions, own)
 
     def _grade(self, texts: list[str], problems: list[Problem]) -> Future[list[Verdict]]:
         """Verdicts on a response to each problem, from processes that work beside the devices."""
         answers, metas = [p.answer for p in problems], [p.meta for p in problems]
         return self._grader.submit(texts, answers, metas)
+
+    def _ask_functions(self, found: Collected) -> Own:
+        """What reward functions give to groups whose completions have all ended.
+
+        Of several processes each asks about its share; all of them must call.
+        """
+        count, size = found.rollouts.lengths.shape
+        if not self._functions.functions:
+            return {}
+        places = [p for p in range(count) if processes.mine(p)]
+        rollouts = jax.tree.map(lambda x: x[places], found.rollouts)
+        texts = completion_texts(rollouts, self._tokenizer)
+        groups = []
+        for i, p in enumerate(places):
+            problem = found.asked[p][0]
+            verdicts = found.verdicts[p * size : (p + 1) * size]
+            groups.append(
+                {
+                    "problems": [problem.problem] * size,
+                    "answers": [problem.answer] * size,
+                    "metas": [problem.meta] * size,
+                    "completions": texts[i * size : (i + 1) * size],
+                    "verdicts": [verdict.outcome for verdict in verdicts],
+                    "lengths": rollouts.lengths[i].tolist(),
+                    "truncated": (rollouts.finish_reason[i] == FINISH_LENGTH).tolist(),
+                }
+            )
+        said, shared = self._functions.ask(groups), {}
+        for function in self._functions.functions:
+            values, failed = np.zeros((count, size), np.float32), np.zeros(count, np.float32)
+            if places:
+                values[places], failed[places] = said[function.name]
+            # Each process has zeros for the others' groups; NaN, no opinion, stays NaN.
+            sums = (processes.gather(x).sum(axis=0) for x in (values, failed))
+            shared[function.name] = OwnReward(*sums)
+        return shared
 
     def _expected(self, chosen: Iterable[int]) -> list[float]:
         """What completions of these problems measured when last seen; new ones the usual."""
@@ -259,20 +327,28 @@ class Collector:
     ) -> Collected:
         """`found` with useful groups of `more` in place of its useless ones, as far as they go."""
         groups = len(useful)
-        spare = iter(np.flatnonzero(self._useful(more.rewards)) + groups)
+        spare = iter(np.flatnonzero(self._useful(more.correct)) + groups)
         picks = [p if good else int(next(spare, p)) for p, good in enumerate(useful)]
-        rollouts = jax.tree.map(lambda a, b: np.concatenate([a, b]), found.rollouts, more.rollouts)
+        rollouts, own = jax.tree.map(
+            lambda a, b: np.concatenate([a, b]),
+            (found.rollouts, found.own),
+            (more.rollouts, more.own),
+        )
         verdicts = [*found.verdicts, *more.verdicts]
         both = Collected(
             [*found.asked, *more.asked],
             rollouts,
             lambda: verdicts,
             found.decoding + more.decoding,
+            self._functions,
+            lambda _: own,
         )
-        return self._pick(both, picks)
+        return self._pick(both, picks, lambda _: jax.tree.map(lambda x: x[picks], own))
 
-    def _pick(self, found: Collected, picks: Sequence[int]) -> Collected:
-        """The problems number `picks` alone."""
+    def _pick(
+        self, found: Collected, picks: Sequence[int], own: Callable[[Collected], Own]
+    ) -> Collected:
+        """The problems number `picks` alone; `own` says what functions give to them."""
 
         def flat(x: Sequence[Any]) -> list[Any]:
             return [x[p * self._group + g] for p in picks for g in range(self._group)]
@@ -282,4 +358,6 @@ class Collector:
             jax.tree.map(lambda x: x[list(picks)], found.rollouts),
             lambda: flat(found.verdicts),
             found.decoding,
+            self._functions,
+            own,
         )

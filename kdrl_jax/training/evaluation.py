@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -89,6 +89,7 @@ def respond(
     sampling: SamplingParams,
     *,
     seed: int,
+    progress: Callable[[int, int], Any] = lambda finished, tokens: None,
 ) -> Responses:
     """Answer one batch of prompts; waits for the devices.
 
@@ -97,6 +98,7 @@ def respond(
         repeats, which are not returned, so that the last batch needs no program of its own.
       numbers: of the problems. What is drawn depends on (seed, number, sample) alone: neither on
         the batch nor on the training step, so two evaluations differ by the policy.
+      progress: see `Engine.generate`; it counts the repeats as well.
     """
     batch, samples = sampling.max_new_tokens.shape
     filled = [i % len(prompts) for i in range(batch)]
@@ -105,6 +107,7 @@ def respond(
         pad_prompts([prompts[i] for i in filled], engine.prompt_buckets, tokenizer.pad_id),
         request_keys(seed, 0, [numbers[i] for i in filled], samples),
         sampling,
+        progress=progress,
     )
     real = len(prompts) * samples
     tokens, lengths, finish = jax.device_get(
@@ -134,15 +137,19 @@ def evaluate(
     batch: int,
     temperature: float,
     seed: int,
+    progress: Callable[[int, int], Any] = lambda finished, total: None,
 ) -> tuple[dict[str, float], list[Verdict]]:
     """`eval/…` metrics: means over problems and samples, and the verdicts.
+
+    Args:
+      progress: called now and then with how many responses there are, and are to be.
 
     Returns:
       accuracy (mean reward), length in tokens, and the shares of all responses that were cut by
       the limit (truncated_frac) and that were cut while they repeated themselves
       (repetition_frac).
     """
-    batch = min(batch, len(problems))
+    batch, total = min(batch, len(problems)), len(problems) * samples
     verdicts: list[Verdict] = []
     lengths: list[int] = []
     cut: list[bool] = []
@@ -156,7 +163,13 @@ def evaluate(
     for start in range(0, len(problems), batch):
         asked = problems[start : start + batch]
         prompts, numbers = [ids for _, ids in asked], range(start, start + len(asked))
-        said = respond(engine, params, prompts, numbers, tokenizer, sampling, seed=seed)
+
+        def drawn(finished: int, _: int, before: int = start * samples) -> None:
+            progress(min(before + finished, total), total)
+
+        said = respond(
+            engine, params, prompts, numbers, tokenizer, sampling, seed=seed, progress=drawn
+        )
         verdicts += grade_all(grader, said.texts, [problem for problem, _ in asked])
         lengths += said.lengths
         cut += said.cut

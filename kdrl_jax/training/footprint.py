@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.models.attention import QUERY_BLOCK, SPANS
+from kdrl_jax.models.lora import LoRA
 from kdrl_jax.sharding import batch_parts
 
 F32 = 4
@@ -28,6 +29,7 @@ class Placed:
       small: whether frozen weights of the layers are kept in 8 bits.
       on_cpu: XLA multiplies bf16 in float32 there, so that what products read and write is
         converted, and it holds the attention scores of all spans of a row at once.
+      lora: of the adapters, beside which nothing is trained.
     """
 
     shape: ModelConfig
@@ -38,14 +40,17 @@ class Placed:
     tensor: int
     context: int
     on_cpu: bool
+    lora: LoRA | None = None
 
     @classmethod
-    def on(cls, mesh: Mesh, shape: ModelConfig, dtype: str, on_cpu: bool) -> Placed:
+    def on(
+        cls, mesh: Mesh, shape: ModelConfig, dtype: str, on_cpu: bool, lora: LoRA | None = None
+    ) -> Placed:
         """`shape` on `mesh`, with the `dtype` of its role."""
         sizes, small = mesh.shape, dtype == "int8"
         width = jnp.dtype("bfloat16" if small else dtype).itemsize
         fsdp, tensor, context = (sizes[axis] for axis in ("fsdp", "tensor", "context"))
-        return cls(shape, width, small, batch_parts(mesh), fsdp, tensor, context, on_cpu)
+        return cls(shape, width, small, batch_parts(mesh), fsdp, tensor, context, on_cpu, lora)
 
     @property
     def acts(self) -> int:
@@ -65,8 +70,35 @@ class Placed:
         saved = self.shape.num_layers * self.shape.layer_matrices * (self.width - 1)
         return self.stored(self.width) - self.small * saved / (self.fsdp * self.tensor)
 
+    def adapters(self, width: float, fsdp: int) -> float:
+        """Adapters at `width` bytes, where `fsdp` devices share those that lie along the width."""
+        if self.lora is None:
+            return 0.0
+        found = 0.0
+        for name, (of_a, of_b) in self.lora.sizes(self.shape).items():
+            along, across = (of_b, of_a) if name in ("o_proj", "down_proj") else (of_a, of_b)
+            found += along / fsdp + across / self.tensor
+        return found * width
+
+    def learner(self) -> float:
+        """The weights of a student, in their shards: float32 where they are trained."""
+        if self.lora is None:
+            return self.stored(F32)
+        return self.frozen() + self.trained()
+
+    def trained(self) -> float:
+        """What has a gradient, or that gradient: float32 in its shards."""
+        return self.stored(F32) if self.lora is None else self.adapters(F32, self.fsdp)
+
+    @property
+    def held(self) -> int:
+        """Bytes of a number of the weights that a student's products read."""
+        return F32 if self.lora is None else self.width
+
     def moments(self) -> float:
         """AdamW's two, which `data` and `context` split as well."""
+        if self.lora is not None:
+            return 2 * self.adapters(F32, self.batch * self.context)
         return self.shape.num_params * 2 * F32 / (self.batch * self.context * self.tensor)
 
     def whole(self, width: float) -> float:
@@ -75,7 +107,8 @@ class Placed:
 
     def unstacked(self) -> float:
         """The copy of the weights that tokens are drawn with; see `Decoder.unstack`."""
-        return self.whole(self.width)
+        beside = self.adapters(self.width, 1) if self.width < F32 else 0.0
+        return self.whole(self.width) + beside
 
     def table(self, width: float) -> float:
         """[V, D] at `width` bytes, gathered over fsdp."""
@@ -83,9 +116,9 @@ class Placed:
         return c.vocab_size * c.hidden_size * width / self.tensor
 
     def gathered(self) -> float:
-        """The float32 table and one layer as products use them, where fsdp shares them out."""
-        layer = self.shape.layer_matrices * F32 / self.tensor
-        return self.table(F32) + 2 * layer if self.fsdp > 1 else 0.0
+        """The table and one layer as products use them, where fsdp shares them out."""
+        layer = self.shape.layer_matrices * self.held / self.tensor
+        return self.table(self.held) + 2 * layer if self.fsdp > 1 else 0.0
 
     def cache(self, slots: int, columns: int) -> float:
         """Keys and values of all layers."""

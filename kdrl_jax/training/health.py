@@ -85,7 +85,8 @@ def _nonfinite(m: Memory, limit: float, _: Memories) -> str:
 
 def _fell(what: str) -> Rule:
     def rule(m: Memory, limit: float, _: Memories) -> str:
-        fell = m.mean < limit * m.best and m.mean < m.best - REWARD_NOISE
+        # Of a best that is negative, which functions of one's own can give, there is no share.
+        fell = m.best > 0 and m.mean < limit * m.best and m.mean < m.best - REWARD_NOISE
         return f"{what} {m.mean:.3f}, after {m.best:.3f} at step {m.best_step}" if fell else ""
 
     return rule
@@ -149,8 +150,11 @@ def _metric(name: str) -> Callable[[Row], float | None]:
     return lambda row: row.get(name)
 
 
-def _sum(row: Row, *names: str) -> float | None:
-    return sum(row[name] for name in names) if all(name in row for name in names) else None
+def _equal(row: Row) -> float | None:
+    """The share of groups whose rewards are all equal: where verdicts are all, by these."""
+    if "reward/equal_frac" in row or "reward/all_right_frac" not in row:
+        return row.get("reward/equal_frac")
+    return row["reward/all_right_frac"] + row["reward/all_wrong_frac"]
 
 
 WATCHES: dict[str, Watch] = {
@@ -225,7 +229,7 @@ WATCHES: dict[str, Watch] = {
         "smaller rollout.carry, or check the server's weights",
     ),
     "no_signal": Watch(
-        lambda row: _sum(row, "reward/all_right_frac", "reward/all_wrong_frac"),
+        _equal,
         "no_signal_frac",
         _above("share of groups whose rewards are all equal"),
         "they teach the policy nothing: choose other problems (data.filters pass_rate), a larger "
@@ -343,9 +347,10 @@ class Health:
             return False
         all_wrong = row["reward/all_wrong_frac"]
         if self._method.ratio == "trrd":  # the teacher weighs what rewards say
-            return row["reward/all_right_frac"] + all_wrong < 1
+            return (_equal(row) or 0.0) < 1
         if self._method.kd and self._kd_mask != "none":  # is there anything it may speak of?
-            return all_wrong > 0 if self._kd_mask == "group" else row["reward/mean"] < 1
+            some_wrong = row.get("reward/correct_frac", row["reward/mean"]) < 1
+            return all_wrong > 0 if self._kd_mask == "group" else some_wrong
         return True
 
     def to_json(self) -> dict[str, dict[str, float]]:

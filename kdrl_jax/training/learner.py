@@ -15,12 +15,14 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from kdrl_jax.models import Decoder
+from kdrl_jax.models.lora import join
 from kdrl_jax.objectives import Trend, beta_schedule, phase_schedule
 from kdrl_jax.sharding import in_memory, put, put_batch, replicated
 from kdrl_jax.training.batch import Rows, build_batch, rollout_rows
 from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.packing import pack_rows
 from kdrl_jax.training.probe import TeacherProbe, shuffled_slots
+from kdrl_jax.training.samples import TokenTraces, asked_of, traced_slots
 from kdrl_jax.training.scoring import Scorer
 from kdrl_jax.training.step import (
     Hyper,
@@ -57,6 +59,7 @@ class Learner:
     Args:
       teacher: None where nothing is scored by it.
       reference: the initial student; None without a reference KL.
+      base: the frozen weights that a student with adapters adds them to; else None.
       valid_vocab: ids that the tokenizer knows.
       mask_final_eos: see `build_batch`.
       checks: compares what goes into each update, and what comes of it.
@@ -73,6 +76,7 @@ class Learner:
         *,
         teacher: Weights | None,
         reference: Weights | None,
+        base: Params | None = None,
         valid_vocab: int,
         mask_final_eos: bool,
         new_scorer: type[Scorer] = Scorer,
@@ -80,7 +84,7 @@ class Learner:
     ):
         self._checks = checks
         self._config, self._sizes, self._mesh = config, sizes, mesh
-        self._teacher, self._reference = teacher, reference
+        self._teacher, self._reference, self._base = teacher, reference, base
         method = sizes.method
         head = {"valid_vocab": valid_vocab, "chunk": config.logprob_chunk}
 
@@ -89,6 +93,7 @@ class Learner:
             return new_scorer(model, where, mesh, **sizes_of, **head)
 
         self._of_student = scorer(student, mesh)
+        self._of_reference = reference and scorer(reference.model, mesh)
         self._of_teacher = teacher and scorer(teacher.model, teacher.mesh)
         asked = teacher is not None and method.kd and config.kd_estimator == "full"
         self._teacher_head = self._whole_head(teacher) if teacher and asked else None
@@ -108,6 +113,8 @@ class Learner:
         )
         self._fill_slots = jax.jit(fill_slots)
         self._fill_shuffled = jax.jit(shuffled_slots(fill_slots, config.kd_topk.support))
+        whole = replicated(mesh)  # for the process that writes them
+        self._trace = jax.jit(traced_slots(fill_slots), static_argnums=6, out_shardings=whole)
         objective = Objective(
             ratio=method.ratio,
             kd_estimator=config.kd_estimator,
@@ -134,6 +141,10 @@ class Learner:
         """The teacher's head, replicated: the loss reads it whole, some of the ids at a time."""
         head = jax.jit(teacher.model.head)(teacher.params)
         return put(head, replicated(self._mesh))
+
+    def policy(self, params: Params) -> Params:
+        """The student's whole weights, of those that a `TrainState` has."""
+        return params if self._base is None else join(self._base, params)
 
     def beta(self, step: int, trend: Trend) -> float:
         """β of a step; 0 where the objective has none."""
@@ -177,10 +188,10 @@ class Learner:
         one update: it is then the student itself.
 
         Args:
-          params: the student's, before the step's first update.
+          params: of the student's state, before the step's first update.
           heat: the temperature of the log-probs.
         """
-        method = self._sizes.method
+        method, params = self._sizes.method, self.policy(params)
         # Packed rows have completions anywhere, padded ones in their last columns.
         length = self._config.rollout.max_new_tokens
         if rows.packing is not None:
@@ -196,8 +207,9 @@ class Learner:
         compared = self._sizes.updates > 1 and not self._config.rollout.carry
         if compared and old is None:
             old = self._of_student.log_probs(params, rows, length, heat)
-        if self._reference:
-            reference = self._of_student.log_probs(self._reference.params, rows, length, heat)
+        if self._reference and self._of_reference:
+            initial = self._reference.params
+            reference = self._of_reference.log_probs(initial, rows, length, heat)
         if teacher and self._of_teacher:
             ask, weights = self._of_teacher, teacher.params
             if support is not None:
@@ -226,21 +238,25 @@ class Learner:
         scores: Scores,
         hyper: Hyper,
         *,
+        correct: np.ndarray | None = None,
         probe: bool = False,
     ) -> tuple[TrainState, Metrics]:
         """`epochs` passes of `mini_batches` updates; metrics are their mean, still to come.
 
         Args:
           state: donated.
-          rewards: outcome rewards `[P, G]`, on the host.
+          rewards: `[P, G]`, on the host.
+          correct: the verifier's 1 and 0 `[P, G]`, where `reward.functions` make the rewards
+            something else; None: the rewards.
           probe: measure "health/teacher_effect" first: the norm by which the gradient changes when
             the teacher's values are shuffled, over that of the first update's gradient.
         """
         c = self._config
-        rewards_there = put_batch(self._mesh, rewards)
+        rewards_there, correct_there = put_batch(self._mesh, (rewards, correct))
+        graded = (rows, rollouts, rewards_there, scores, hyper.beta, correct_there)
         before = state.params
         with jax.debug_nans(False):  # NaN says here that the teacher has no opinion
-            batch = self._fill_slots(rows, rollouts, rewards_there, scores, hyper.beta)
+            batch = self._fill_slots(*graded)
         if self._checks:
             self._checks.batch(batch, rows, rollouts)
         head = self._teacher_head if scores.teacher_hidden is not None else None
@@ -249,9 +265,10 @@ class Learner:
         effect = None
         if probe:  # before the state is donated
             with jax.debug_nans(False):
-                other = self._fill_shuffled(rows, rollouts, rewards_there, scores, hyper.beta)
+                other = self._fill_shuffled(*graded)
                 parts = [(take_part(batch, i), take_part(other, i)) for i in range(c.mini_batches)]
-            norms = [self._probe(state.params, *part, hyper, head, used) for part in parts]
+            more = (hyper, head, used, self._base)
+            norms = [self._probe(state.params, *part, *more) for part in parts]
             effect = functools.reduce(jnp.maximum, norms)
             del other, parts
         if c.optimizer.offload:
@@ -261,7 +278,7 @@ class Learner:
             for index in range(c.mini_batches):
                 with jax.debug_nans(False):
                     part = take_part(batch, index)
-                state, metrics = self._update(state, part, hyper, head, used)
+                state, metrics = self._update(state, part, hyper, head, used, self._base)
                 found.append(metrics)
         if self._checks:
             frozen = self._teacher.params if self._teacher else None
@@ -270,6 +287,27 @@ class Learner:
         if effect is not None:
             metrics["health/teacher_effect"] = _share(effect, found[0]["gradient/norm"])
         return self.at_rest(state), metrics
+
+    def traces(
+        self,
+        rows: Rows,
+        rollouts: Rollouts,
+        rewards: np.ndarray,
+        scores: Scores,
+        hyper: Hyper,
+        correct: np.ndarray | None,
+        count: int,
+    ) -> TokenTraces | None:
+        """What `learn` will tell the loss of the first `count` rollouts; does not wait for it.
+
+        None for a count of 0. All processes must call, and all have the whole of it.
+        """
+        if not count:
+            return None
+        rewards_there, correct_there = put_batch(self._mesh, (rewards, correct))
+        graded = (rows, rollouts, rewards_there, asked_of(scores), hyper.beta, correct_there)
+        with jax.debug_nans(False):
+            return self._trace(*graded, count)
 
     def at_rest(self, state: TrainState) -> TrainState:
         """A state as it is kept between updates: by option with its moments in host memory."""

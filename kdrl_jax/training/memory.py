@@ -107,8 +107,9 @@ class Planner:
     ):
         self.config, self.sizes = config, sizes
         student = shapes["student"]
-        self.student = Placed.on(meshes.student, student, config.student.dtype, on_cpu)
-        self._sampler = Placed.on(meshes.rollout, student, sizes.rollout_dtype, on_cpu)
+        last = (on_cpu, sizes.lora)
+        self.student = Placed.on(meshes.student, student, config.student.dtype, *last)
+        self._sampler = Placed.on(meshes.rollout, student, sizes.rollout_dtype, *last)
         self._apart = meshes.apart
         self._packed = sizes.micro_batches > 1
         self.teacher = self._by_teacher = None
@@ -146,12 +147,12 @@ class Planner:
         """What lives from the first step to the last, on the devices of a mesh."""
         if where in self._apart:
             return {"teacher": self.teacher.frozen()} if where == "teacher" and self.teacher else {}
-        parts = {"weights": self.student.stored(F32)}
+        parts = {"weights": self.student.learner()}
         if not self.config.optimizer.offload:
             parts["moments"] = self.student.moments()
         if self.teacher and not self.config.teacher.offload and "teacher" not in self._apart:
             parts["teacher"] = self.teacher.frozen()
-        if self.config.reference_coef:
+        if self.config.reference_coef and self.student.lora is None:  # else it is the base
             parts["reference"] = self.student.frozen()
         if self._full:  # replicated on the student's mesh
             parts["teacher's head"] = self._full.table(self._full.width) * self._full.tensor
@@ -167,6 +168,7 @@ class Planner:
     def _sampling(self, model: Placed, problems: int, group: int, levers: Levers) -> Parts:
         """See `RolloutEngine`: a copy of the weights, the slots' caches, and what fills them."""
         buckets, c = self.config.data.prompt_buckets, model.shape
+        by_teacher = model is self._by_teacher
         steps, total = chunk_size(levers.max_new_tokens), problems * group
         slots = min(levers.slots, total)
         windows = window_sizes(self._row(levers) + steps, buckets[0] + steps)
@@ -198,14 +200,14 @@ class Planner:
             "KV cache": model.cache(slots, first) + model.cache(slots, buckets[-1]),
             "prompts' cache": prompts,
         }
-        copying = {"activations": model.whole(model.width) if model.width < F32 else 0.0}
+        cast = model.width < (F32 if by_teacher else self.student.held)
+        copying = {"activations": model.whole(model.width) if cast else 0.0}
         always = {"rollout's copy of weights": model.unstacked(), "batch": self._batch(levers)}
-        by_teacher = model is self._by_teacher
         home = self.teacher if by_teacher and self.teacher else self.student
         if by_teacher and self.config.teacher.offload:
             always["teacher"] = model.frozen()
         elif (home.fsdp, home.tensor) != (model.fsdp, model.tensor) or "rollout" in self._apart:
-            stored = model.frozen() if by_teacher else model.stored(F32)
+            stored = model.frozen() if by_teacher else model.learner()
             always["weights as rollouts have them"] = stored
         return self._worst("rollout", always, drawing, growing, filling, admitting, copying)
 
@@ -215,7 +217,7 @@ class Planner:
         asked: list[tuple[Placed, int]] = []  # with the width of their weights
         support = self.config.kd_topk.support if self._support else ""
         if self.sizes.updates > 1 or support == "student":
-            asked.append((self.student, F32))
+            asked.append((self.student, self.student.held))
         if self.config.reference_coef:
             asked.append((self.student, self.student.width))
         if self.teacher and self.sizes.method.scores:
@@ -241,15 +243,17 @@ class Planner:
         rows = model.rows(levers.micro_batch)
         kept = rows * row / model.context * model.shape.num_layers * model.kept(levers.remat, row)
         several = self.sizes.rollouts // self.config.mini_batches > levers.micro_batch
-        gradients = model.stored(F32)
+        gradients = model.trained()
         sums = gradients if several else 0.0  # of the micro-batches before
         copies = LOSS_LOGITS + (3 if self._full else 0)
         logits = copies * model.logits(rows, length, levers.logprob_chunk)
-        head = model.table(model.acts) if model.acts < F32 or model.fsdp > 1 else 0.0
+        cast = model.acts != model.held or model.fsdp > 1
+        head = model.table(model.acts) if cast else 0.0
+        of_head = model.table(F32) if model.lora is None else 0.0
         of_loss = {
             "activations": kept + model.gathered(),
             "logits": logits + head,
-            "gradients": sums + model.table(F32),
+            "gradients": sums + of_head,
         }
         of_layers = {
             "activations": kept + model.backward(rows, row) + model.gathered(),

@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.sharding import batch_parts
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.memory import GIB, Levers, Planner, human
 from kdrl_jax.training.meshes import Meshes
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.validation import Sizes
 from kdrl_jax.types import UserError
 

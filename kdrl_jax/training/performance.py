@@ -22,9 +22,9 @@ from ml_collections import ConfigDict
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.rollout import DecodeStats
 from kdrl_jax.training.collect import Collected
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.footprint import Placed
 from kdrl_jax.training.meshes import Meshes
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.validation import Sizes
 from kdrl_jax.types import Scores
 
@@ -115,6 +115,20 @@ def forward_flops(shape: ModelConfig, tokens: float, context: float, logits: flo
     return 2 * products + 2 * head + 4 * attention
 
 
+def update_flops(
+    shape: ModelConfig, tokens: float, context: float, logits: float, *, adapters: bool
+) -> float:
+    """FLOPs of forward and backward pass: twice as many backwards as forwards.
+
+    Args:
+      tokens, context, logits: see `forward_flops`.
+      adapters: only these are trained: the other weights have no gradient, which is a third of
+        their products; the adapters' own are not counted.
+    """
+    forward = forward_flops(shape, tokens, context, logits)
+    return 2 * forward + (forward_flops(shape, 0, context, 0) if adapters else forward)
+
+
 def decode_seconds(model: Placed, done: DecodeStats, peak: Peak) -> float:
     """The least time for `done`: the roofline of arXiv 2211.05102's memory and compute time.
 
@@ -162,6 +176,7 @@ class Meter:
         display: Display,
     ):
         self._config, self._shapes = config, shapes
+        self._adapters = sizes.lora is not None
         self._devices = meshes.student.size
         device = jax.devices()[0]
         self.peak = peak_of(device.device_kind) or measured_peak(config.student.dtype)
@@ -179,19 +194,22 @@ class Meter:
         rows = lengths + np.asarray(found.rollouts.prompt_lengths)[:, None]
         tokens, context = rows.sum(), (rows * (rows + 1) / 2).sum()
 
+        work = (tokens, context, lengths.sum())
+
         def forward(name: str) -> float:
-            return forward_flops(self._shapes[name], tokens, context, lengths.sum())
+            return forward_flops(self._shapes[name], *work)
 
         by_student = self._config.kd_topk.support == "student" and scores.support is not None
         asked = ["student"] * (scores.old_log_probs is not None or by_student)
         asked += ["student"] * (scores.reference_log_probs is not None)
         asked += ["teacher"] * (scores.teacher_log_probs is not None)
         speed = self._devices * self.peak.flops
+        update = update_flops(self._shapes["student"], *work, adapters=self._adapters)
         done = found.decoding
         return Ideal(
             rollout=decode_seconds(self._sampler, done, self.peak) if done.steps else 0.0,
             score=sum(map(forward, asked)) / speed,
-            update=3 * self._config.epochs * forward("student") / speed,
+            update=self._config.epochs * update / speed,
             drawn=done.tokens,
             slot_use=done.tokens / max(done.slot_steps, 1) if done.steps else 0.0,
             kept=int(lengths.sum()),

@@ -36,15 +36,23 @@ def shuffled_slots(
     What the teacher said of the rows is moved on by a row and a column; what the student did stays.
 
     Args:
-      fill_slots: (rows, rollouts, rewards, scores, beta) → batch; see `build_batch`.
+      fill_slots: (rows, rollouts, rewards, scores, beta, correct) → batch; see `build_batch`.
       support: whose tokens `scores.support` are; those of the student stay.
     """
 
-    def fill(rows: Rows, rollouts: Rollouts, rewards: Array, scores: Scores, beta: Array) -> Fields:
+    def fill(
+        rows: Rows,
+        rollouts: Rollouts,
+        rewards: Array,
+        scores: Scores,
+        beta: Array,
+        correct: Array | None = None,
+    ) -> Fields:
         own = {"support": scores.support} if support == "student" else {}
         said = {name: getattr(scores, name) for name in SAID}
         moved = jax.tree.map(lambda x: jnp.roll(x, (1, 1), (0, 1)), said) | own
-        batch = fill_slots(rows, rollouts, rewards, dataclasses.replace(scores, **moved), beta)
+        other = dataclasses.replace(scores, **moved)
+        batch = fill_slots(rows, rollouts, rewards, other, beta, correct)
         return {name: getattr(batch, name) for name in HEARD}
 
     return fill
@@ -73,7 +81,7 @@ class TeacherProbe:
           params: of the student; they are not donated.
           batch: one update's.
           other: its fields `HEARD` as another teacher would have them.
-          hyper, teacher_head, used: as an update has them.
+          hyper, teacher_head, used, base: as an update has them.
         """
         with jax.set_mesh(self._mesh):
             return self._jitted(*args)
@@ -91,12 +99,13 @@ class TeacherProbe:
         hyper: Hyper,
         teacher_head: Array | None,
         used: Array | None,
+        base: Params | None = None,
     ) -> Float[Array, ""]:
         whole = split_micro_batches((batch, other), self._micro_batches)
         layout = param_shardings(self._mesh, params)
 
         def loss(params: Params, part: TrainBatch) -> Array:
-            return self._loss(params, part, hyper, teacher_head)[0]
+            return self._loss(params, part, hyper, teacher_head, base)[0]
 
         def add(index: Array, total: Params) -> Params:
             part, instead = jax.tree.map(lambda x: x[index // 2], whole)

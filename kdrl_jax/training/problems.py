@@ -20,10 +20,10 @@ from kdrl_jax.data import (
     parse_filters,
     read_problems,
 )
-from kdrl_jax.rewards import Grader
+from kdrl_jax.rewards import Grader, RewardFunctions
 from kdrl_jax.tasks.registry import get_task, task_problems, task_verifier
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.roles import model_folder
 from kdrl_jax.types import Problem, UserError
 
@@ -54,6 +54,13 @@ def load_run_tokenizer(config: ConfigDict) -> Tokenizer:
 def make_grader(config: ConfigDict, task: str) -> Grader:
     """A grader with the config's `reward` settings; task "": answers are mathematics."""
     return Grader(**{key: config.reward[key] for key in GRADING}, verify=task_verifier(task))
+
+
+def make_reward_functions(config: ConfigDict) -> RewardFunctions:
+    """The functions of `reward.functions`, with the config's settings."""
+    c = config.reward
+    settings = {"workers": c.workers, "timeout_s": c.timeout_s}
+    return RewardFunctions(c.functions, c.verdict_weight, **settings)
 
 
 def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) -> RunData:
@@ -102,7 +109,8 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
 def _read(
     path: str, data: ConfigDict, display: Display, report: dict[str, Any], what: str
 ) -> list[Problem]:
-    problems, found = read_problems(path, data.fields, on_bad=data.on_bad)
+    with display.doing(f"reading {path}", row=False):  # the hub's libraries have bars
+        problems, found = read_problems(path, data.fields, on_bad=data.on_bad)
     if found.bad or found.notes or found.unpinned:
         display.say(str(found))
     report[what] = found.to_dict()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
@@ -43,8 +44,22 @@ def add_provenance(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -
         "models": {role: model_facts(path) for role, path in roles.items() if path},
         "data": {k: {"path": v["path"], "commit": v["commit"]} for k, v in sources.items()},
     }
+    if own := own_code(config):
+        start["own_code"] = own
     if not starts or starts[-1] != start:
         write_atomic(file, json.dumps([*starts, start], indent=2) + "\n")
+
+
+def own_code(config: ConfigDict) -> dict[str, str]:
+    """The SHA-256 of each file of the user's own that the config names by 'module:…'."""
+    names = [str(name) for name in config.reward.functions]
+    names += [name for name in (config.data.task, config.data.prompt_style) if ":" in name]
+    found = {}
+    for module in sorted({name.partition(":")[0] for name in names} & sys.modules.keys()):
+        file = getattr(sys.modules[module], "__file__", None)
+        if file and Path(file).is_file():
+            found[module] = digest_of(Path(file))
+    return found
 
 
 def model_facts(path: str) -> dict[str, str]:

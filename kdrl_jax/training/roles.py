@@ -14,15 +14,23 @@ from ml_collections import ConfigDict
 
 from kdrl_jax import processes
 from kdrl_jax.config import digest
-from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_prompts, load_tokenizer
-from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf, quantize
+from kdrl_jax.data import (
+    Tokenizer,
+    check_tokenizer_pair,
+    encode_prompt,
+    encode_prompts,
+    load_tokenizer,
+)
+from kdrl_jax.models import Decoder, ModelConfig, load_config, quantize
 from kdrl_jax.models.hf_files import CONFIG, open_hf
 from kdrl_jax.models.hf_save import whole_folder
+from kdrl_jax.models.lora import LoRA
 from kdrl_jax.sharding import batch_parts, nearest_divisor, param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
-from kdrl_jax.training.checkpoints import abstract_params, find_params, restore_params, save_params
+from kdrl_jax.training.adapters import check_run, load_weights, rank_problems
+from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.meshes import Meshes
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.training.sft import Example, train_supervised
 from kdrl_jax.training.state import init_params
 from kdrl_jax.training.storage import sweep_partial, write_atomic
@@ -76,10 +84,10 @@ def model_config(role: ConfigDict, ids: int, window: int) -> ModelConfig:
     )
 
 
-def decoder_of(role: ConfigDict, shape: ModelConfig) -> Decoder:
+def decoder_of(role: ConfigDict, shape: ModelConfig, lora: LoRA | None = None) -> Decoder:
     """The decoder of a role; weights in 8 bits compute in bfloat16."""
     dtype = "bfloat16" if role.dtype == "int8" else role.dtype
-    return Decoder(shape, dtype, role.remat)
+    return Decoder(shape, dtype, role.remat, lora)
 
 
 def check_roles(
@@ -123,6 +131,7 @@ def check_shapes(
             f"kd_topk.k: {config.kd_topk.k} exceeds the {ids} ids of the tokenizer; "
             "use that many at most"
         )
+    problems += rank_problems(sizes.lora, shapes["student"])
     for name in roles:
         if config[name].path:
             problems += check_weights(config[name].path, Decoder(shapes[name]))
@@ -190,7 +199,7 @@ def build_role(
     final = jnp.dtype("float32" if name == "student" else model.dtype)
     dtype = jnp.dtype("float32") if role.sft.steps else final
     keep_small = quantize if role.dtype == "int8" else lambda params: params
-    kept = Path(config.cache_dir) / f"{name}-{sft_digest(role, config, tokenizer)}"
+    kept = kept_folder(name, config, tokenizer)
     if role.sft.steps and kept.is_dir():
         display.say(f"{name}: from {kept}")
         try:
@@ -202,15 +211,19 @@ def build_role(
         sweep_partial(kept)
     if not role.path:
         params = init_params(model, jax.random.key(role.sft.seed), mesh)
-    elif (Path(role.path) / "checkpoints").is_dir():
-        params = restore_params(Path(role.path), abstract_params(model, shardings, dtype))
     else:
-        _, params = load_hf(role.path, mesh=mesh, dtype=dtype)
+        with display.loading(f"{name}: weights") as progress:
+            params = load_weights(Path(role.path), model, mesh, dtype, progress=progress)
     if role.sft.steps:
         params = _fine_tune(name, config, model, params, tokenizer, mesh, display)
         source = Path(role.path) if role.path else None
         keep_model(kept, model.config, tokenizer, lambda at: save_params(at, params), source)
     return keep_small(jax.tree.map(lambda x: x.astype(final), params))
+
+
+def kept_folder(name: str, config: ConfigDict, tokenizer: Tokenizer) -> Path:
+    """Where what supervised training makes of a role is kept."""
+    return Path(config.cache_dir) / f"{name}-{sft_digest(config[name], config, tokenizer)}"
 
 
 def ends_differently(config: ConfigDict, tokenizer: Tokenizer) -> bool:
@@ -225,11 +238,15 @@ def sft_digest(role: ConfigDict, config: ConfigDict, tokenizer: Tokenizer) -> st
 
     Two worked solutions stand for the task's code, the vocabulary for the tokenizer's.
     """
-    parts: list[Any] = [{k: v for k, v in role.to_dict().items() if k not in ("remat", "offload")}]
+    without = ("remat", "offload", "lora")
+    parts: list[Any] = [{k: v for k, v in role.to_dict().items() if k not in without}]
     keys = ("task", "task_args", "prompt_style", "max_prompt_tokens", "seed")
     parts.append({k: config.data.to_dict()[k] for k in keys})
     if role.sft.steps:
-        parts.append([text for _, text in worked_problems(role, config, 2)])
+        two = worked_problems(role, config, 2)
+        parts.append([text for _, text in two])
+        if ":" in config.data.prompt_style:  # the user's own code may change under its name
+            parts.append([encode_prompt(x, tokenizer, config.data.prompt_style) for x, _ in two])
     if role.path:  # other weights under the same name are another model
         files = sorted(Path(role.path).glob("*.safetensors"))
         parts += [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
@@ -284,7 +301,7 @@ def check_weights(path: str | Path, model: Decoder) -> list[str]:
     """What is wrong with the weights in a Hugging Face or run folder, by their headers alone."""
     try:
         if (Path(path) / "checkpoints").is_dir():
-            find_params(Path(path), model.shapes())
+            check_run(Path(path), model)
         else:
             with open_hf(path):
                 pass

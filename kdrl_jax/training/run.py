@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
 import time
 import uuid
 from collections.abc import Mapping
@@ -19,26 +20,24 @@ from kdrl_jax import processes
 from kdrl_jax.config import to_json
 from kdrl_jax.data import Tokenizer
 from kdrl_jax.models import ModelConfig
-from kdrl_jax.objectives import Trend
+from kdrl_jax.objectives import METHODS, Trend
 from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.collect import Collected
+from kdrl_jax.training.compiling import CompileCounter
+from kdrl_jax.training.display import Display, finite
 from kdrl_jax.training.health import Health
 from kdrl_jax.training.host_memory import give_back
 from kdrl_jax.training.memory_check import MemoryCheck, out_of_memory
-from kdrl_jax.training.metrics import (
-    CompileCounter,
-    Display,
-    MetricsWriter,
-    finite,
-    lock_folder,
-    read_metrics,
-)
+from kdrl_jax.training.metrics import MetricsWriter, lock_folder, read_metrics, sparkline
 from kdrl_jax.training.performance import Ideal, Meter, speeds
+from kdrl_jax.training.phases import Phases
 from kdrl_jax.training.provenance import add_provenance
 from kdrl_jax.training.roles import write_model_files
+from kdrl_jax.training.samples import TokenTraces, write_samples
 from kdrl_jax.training.stopping import StopRequest
 from kdrl_jax.training.storage import storage_problem, sweep, write_atomic
-from kdrl_jax.training.telemetry import StepClock, rollout_metrics, write_samples
+from kdrl_jax.training.telemetry import StepClock, rollout_metrics, split_kl
+from kdrl_jax.training.wandb_run import WandbRun
 from kdrl_jax.types import Scores, TrainState, UserError
 
 
@@ -108,16 +107,25 @@ class Run:
         self._data, self.trend, self._health = data, trend, health
         self._memory, self._meter, self._step = memory, meter, start or 0
         self.config, self.workdir, self.store = config, workdir, store
-        self.display, self.compiles, self.clock = display, CompileCounter(), StepClock()
-        self.stopping = StopRequest()
-        self._begun = time.monotonic()
+        self.display, self.compiles = display, CompileCounter()
+        self.stopping = StopRequest(self._told)
+        self._begun, self._start, self._accuracy = time.monotonic(), start, ""
+        before = [] if start is None else read_metrics(workdir / "metrics.jsonl", up_to=start)
+        key = "eval/accuracy"
+        self._accuracies = [(row["step"], row[key]) for row in before if key in row]
         self._writer = MetricsWriter(workdir, start) if processes.is_first() else None
-        self._track = self.display.track("step", config.steps, start or 0)
+        self._wandb: WandbRun | None = None
         self._pending: tuple[int, Any, dict[str, float]] | None = None
         self._ideal: Ideal | None = None
 
     def __enter__(self) -> Run:
         self.stopping.__enter__()
+        c, display = self.config, self.display
+        if processes.is_first() and c.wandb.project:
+            self._wandb = WandbRun(c, self.workdir, self._start, display.say)
+        self._track = display.track("step", c.steps, self._step)
+        self.phases = Phases(display, teacher=METHODS[c.objective].uses_teacher)
+        self.clock = StepClock(self.phases.enter)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -126,8 +134,12 @@ class Run:
         try:
             alone = processes.count() == 1
             failed = self._close(wait=alone or not isinstance(error, JaxRuntimeError))
+            if self._wandb:
+                self._wandb.close(code=int(error is not None))
         finally:
             self.stopping.__exit__()  # until here a second signal does no harm
+        if isinstance(error, KeyboardInterrupt):
+            self.display.say(f"ended in step {self._step + 1}; {self.store.newest()}")
         if error is None and failed:
             error = failed[0]
             if not storage_problem(error, self.workdir):
@@ -141,6 +153,11 @@ class Run:
             saved = self.store.latest_step()
             raise self._memory.explain(error, self.clock.phase, step, saved) from error
 
+    def _told(self, number: int) -> None:
+        """Say at once what becomes of a signal; the main thread may be waiting for devices."""
+        again = "; Ctrl-C again to end at once" if number == signal.SIGINT else ""
+        self.display.say(f"finishing step {self._step + 1}, then saving{again}")
+
     def _close(self, wait: bool) -> list[Exception]:
         """Close all files, whichever of them fails; what failed.
 
@@ -148,7 +165,7 @@ class Run:
           wait: for a save under way, which may wait for a process that is lost.
         """
         failed = []
-        files = [self._track, self._writer, self.store if wait else None]
+        files: list[Any] = [self._track, self.phases, self._writer, self.store if wait else None]
         for file in files:
             try:
                 if file:
@@ -166,11 +183,13 @@ class Run:
         scores: Scores,
     ) -> None:
         """Remember a step, whose `metrics` may not have been computed yet."""
-        numbers = {**scalars, **rollout_metrics(found.rollouts, found.verdicts, found.rewards)}
+        of = (found.rollouts, found.verdicts, found.rewards, found.own)
+        numbers = {**scalars, **rollout_metrics(*of)}
         numbers |= self.clock.take()
         self._ideal = self._meter.ideal(found, scores)
         self._pending, self._step = (step, metrics, numbers), step
         self.stopping.step_made()
+        self.phases.next_step()
         self.clock.phase = "rollout"
 
     def wait(self, then: str = "rollout") -> dict[str, float] | None:
@@ -185,7 +204,8 @@ class Run:
         step, metrics, numbers = self._pending
         if metrics is not None:
             self.clock.phase = "update"
-            numbers |= {name: float(value) for name, value in jax.device_get(metrics).items()}
+            read = {name: float(value) for name, value in jax.device_get(metrics).items()}
+            numbers |= split_kl(read)
             self.clock.lap("update", then)
             numbers |= self.clock.take()
             numbers["time/compilations"] = self.compiles.count
@@ -209,37 +229,59 @@ class Run:
         alerts, lines = self._health.observe(step, numbers)
         numbers |= alerts
         for line in lines:
-            self.display.say(line)
+            self.display.alert(line, step=step)
         self.stopping.unhealthy |= bool(self._health.stop)
         self._write(step, dict(sorted(numbers.items())))
         shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
         if "kl/teacher" in numbers:
             shown += f"  kl {numbers['kl/teacher']:.4f}"
         if "eval/accuracy" in numbers:
-            shown += f"  accuracy {numbers['eval/accuracy']:.3f}"
-        self._track.advance(shown, every_s=0)
+            self._accuracy = f"  accuracy {numbers['eval/accuracy']:.3f}"
+        if "eval/accuracy" in numbers or self.display.live:  # which keeps the last one in sight
+            shown += self._accuracy
+        self._track.advance(f"{shown}  beta {numbers['beta']:.2g}")
+        if self._writer and "eval/accuracy" in numbers:
+            shares = [share for _, share in self._accuracies]
+            curve = f"{shares[0]:.1%} {sparkline(shares)} {shares[-1]:.1%}"
+            self.display.say(f"held-out accuracy so far: {curve}")
+        if step == (self._start or 0) + 1 and self.compiles.seconds > 1:
+            compiled = f"{self.compiles.count} programs in {self.compiles.seconds:.0f} s"
+            self.display.say(f"compiled {compiled}")
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add an evaluation to the step's line; before the first step it is a line of its own."""
         self.clock.lap("eval")
+        self.display.event("eval", {"step": step, **metrics})
         numbers = self.wait()
         if numbers is None:
             self._health.observe(step, metrics)
             self._write(step, {**metrics, **self.clock.take()})
+            self._accuracy = f"  accuracy {metrics['eval/accuracy']:.3f}"
             self.display.say(f"step {step}: held-out accuracy {metrics['eval/accuracy']:.3f}")
         else:
             numbers |= {**metrics, **self.clock.take()}
 
     def _write(self, step: int, numbers: Mapping[str, float]) -> None:
+        if "eval/accuracy" in numbers:
+            self._accuracies.append((step, numbers["eval/accuracy"]))
         if self._writer:
-            self._writer.write(step, numbers)
+            row = self._writer.write(step, numbers)
+            self.display.event("step", row)
+            if self._wandb:
+                self._wandb.write(step, row)
 
-    def write_samples(self, step: int, found: Collected, tokenizer: Tokenizer) -> None:
-        """`samples/step_000010.jsonl`, every `samples.every` steps."""
+    def samples_due(self, step: int) -> int:
+        """How many rollouts of a step are to be written: some every `samples.every` steps."""
         s = self.config.samples
-        if s.every and step % s.every == 0 and processes.is_first():
+        return s.count if s.every and step % s.every == 0 else 0
+
+    def write_samples(
+        self, step: int, found: Collected, tokenizer: Tokenizer, traces: TokenTraces | None
+    ) -> None:
+        """`samples/step_000010.jsonl`, where they are due: then there are `traces`."""
+        if traces is not None and processes.is_first():
             path = self.workdir / "samples" / f"step_{step:06d}.jsonl"
-            write_samples(path, found, s.count, tokenizer)
+            write_samples(path, found, self.config.samples.count, tokenizer, traces)
 
     def save(self, step: int, state: TrainState, position: int, carried: str) -> None:
         """Start a checkpoint, after the metrics up to it are in the file."""
@@ -249,6 +291,7 @@ class Run:
         meta = {"step": step, "seed": self.config.seed, "data_position": position}
         meta |= {"data": self._data, "trend": list(self.trend), "carried": carried}
         meta |= {"health": self._health.to_json()}
+        self.clock.phase = "checkpoint"
         self.store.save(step, state, meta)
         give_back()
         self.clock.lap("checkpoint")
@@ -258,8 +301,7 @@ class Run:
         self.settle()
         self.store.wait()  # only what is written has been finished
         self._track.close()
-        rows = read_metrics(self.workdir / "metrics.jsonl")
-        accuracy = [(r["step"], r["eval/accuracy"]) for r in rows if "eval/accuracy" in r]
+        rows, accuracy = read_metrics(self.workdir / "metrics.jsonl"), self._accuracies
         summary: dict[str, Any] = {
             "steps": step,
             "finished": step == self.config.steps,
@@ -283,6 +325,9 @@ class Run:
             summary["last"] = finite({k: v for k, v in rows[-1].items() if isinstance(v, float)})
         if processes.is_first():
             write_atomic(self.workdir / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self.display.event("result", summary)
+        if self._wandb:
+            self._wandb.close({k: v for k, v in summary.items() if k != "last"})
         self._say_end(step, accuracy)
         return summary
 
@@ -297,7 +342,7 @@ class Run:
                 f"--config.student.path={self.workdir}"
             )
         elif step < self.config.steps:
-            say(f"stopped after step {step} and saved; run the same command again to continue")
+            say(f"stopped after step {step} and saved: nothing is lost, the same command goes on")
         if accuracy:
             say(
                 f"held-out accuracy: {accuracy[0][1]:.1%} before (step {accuracy[0][0]}), "

@@ -14,8 +14,8 @@ from kdrl_jax.rollout import ServerEngine, sampling_params
 from kdrl_jax.rollout.server import KINDS
 from kdrl_jax.rollout.server_check import PROBES, Wanted, check_server
 from kdrl_jax.rollout.transport import Server
+from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem
-from kdrl_jax.training.metrics import Display
 from kdrl_jax.types import UserError
 
 KEY_VARIABLE = "KDRL_SERVER_KEY"

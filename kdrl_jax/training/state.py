@@ -56,7 +56,7 @@ def abstract_state(model: Any, optimizer: optax.GradientTransformation, mesh: Me
     """Shapes, dtypes and shardings of a TrainState, for restoring into; allocates nothing."""
 
     def build(key: jax.Array) -> TrainState:
-        params = model.init(key)
+        params = model.init_trained(key)
         return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
     shapes = jax.eval_shape(build, jax.random.key(0))

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from kdrl_jax.models.lora import join
 from kdrl_jax.objectives import (
     TokenScores,
     fused_loss,
@@ -95,9 +96,9 @@ Metrics = dict[str, Float[Array, ""]]
 
 
 class Update:
-    """`update(state, batch, hyper, teacher_head=None, used=None) -> (state, metrics)`, jitted.
+    """`update(state, batch, hyper, teacher_head=None, used=None, base=None) -> (state, metrics)`.
 
-    `state` is donated. See `make_update`.
+    Jitted; `state` is donated. See `make_update`.
     """
 
     def __init__(self, update: Callable[..., tuple[TrainState, Metrics]], mesh: Mesh, donate: bool):
@@ -111,10 +112,11 @@ class Update:
         hyper: Hyper,
         teacher_head: Array | None = None,
         used: Array | None = None,
+        base: Params | None = None,
     ) -> tuple[TrainState, Metrics]:
         """One update."""
         with jax.set_mesh(self._mesh):
-            return self._program(state)(state, batch, hyper, teacher_head, used)
+            return self._program(state)(state, batch, hyper, teacher_head, used, base)
 
     def lower(
         self,
@@ -123,10 +125,11 @@ class Update:
         hyper: Any,
         teacher_head: Any = None,
         used: Any = None,
+        base: Any = None,
     ) -> jax.stages.Lowered:
         """The program for arrays or shapes like these, on devices that need not be there."""
         with jax.set_mesh(self._mesh):
-            return self._program(state).lower(state, batch, hyper, teacher_head, used)
+            return self._program(state).lower(state, batch, hyper, teacher_head, used, base)
 
     def _program(self, state: TrainState) -> Any:
         if self._jitted is None:  # the state's own shardings are those that come out
@@ -135,11 +138,13 @@ class Update:
         return self._jitted
 
 
-Loss = Callable[[Params, TrainBatch, Hyper, Array | None], tuple[Array, Metrics]]
+Loss = Callable[..., tuple[Array, Metrics]]
 
 
 def make_loss(model: Any, *, objective: Objective, valid_vocab: int, chunk: int) -> Loss:
-    """The loss of some rows: `loss(params, rows, hyper, teacher_head) -> (scalar, metrics)`.
+    """The loss of some rows: `loss(params, rows, hyper, teacher_head, base) -> (scalar, metrics)`.
+
+    `params` are all weights, or adapters that the frozen weights `base` are joined with.
 
     Args:
       objective: see `Objective`.
@@ -162,9 +167,14 @@ def make_loss(model: Any, *, objective: Objective, valid_vocab: int, chunk: int)
         return loss, metrics
 
     def loss_fn(
-        params: Params, batch: TrainBatch, hyper: Hyper, teacher_head: Array | None
+        params: Params,
+        batch: TrainBatch,
+        hyper: Hyper,
+        teacher_head: Array | None,
+        base: Params | None = None,
     ) -> tuple[Array, Metrics]:
         t = batch.weights.shape[1]
+        params = params if base is None else join(base, params)
         states = model.apply(params, batch.tokens, batch.positions, batch.segment_ids)
         return fused_loss(
             of_tokens,
@@ -224,13 +234,14 @@ def make_update(
         hyper: Hyper,
         teacher_head: Array | None,
         used: Array | None,
+        base: Params | None,
     ) -> tuple[TrainState, Metrics]:
         grad_fn = jax.grad(loss_fn, has_aux=True)
         micro = split_micro_batches(batch, micro_batches)
 
         def gradients(index: Array | int) -> tuple[Params, Metrics]:
             part = jax.tree.map(lambda x: x[index], micro)
-            return grad_fn(state.params, part, hyper, teacher_head)
+            return grad_fn(state.params, part, hyper, teacher_head, base)
 
         def accumulate(index: Array, sums: Any) -> Any:
             return jax.tree.map(jnp.add, sums, gradients(index))

@@ -7,7 +7,8 @@ files, and the handler moves some layers at a time.
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,39 @@ class OrbaxArray:
             return self._store[tuple(index)].read().result()
         except ValueError as error:
             raise UserError(damaged(self._checkpoint, error)) from error
+
+
+class Counted:
+    """A stored parameter that tells how many bytes of it are read."""
+
+    def __init__(self, stored: Stored, read: Callable[[int], Any]):
+        """Args: the parameter, and what is called with the bytes of each block."""
+        self._stored, self._read = stored, read
+        self.shape, self.dtype = stored.shape, stored.dtype
+
+    @property
+    def piece(self) -> int:
+        """See `Stored`."""
+        return self._stored.piece
+
+    def read(self, index: Sequence[slice]) -> np.ndarray:
+        """The block `index`."""
+        block = self._stored.read(index)
+        self._read(block.nbytes)
+        return block
+
+
+def counted(params: Params, progress: Callable[[int, int], Any]) -> Params:
+    """A tree of `Stored` that calls `progress` with the bytes read so far, and those of all."""
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
+    done = 0
+
+    def read(size: int) -> None:
+        nonlocal done
+        done += size
+        progress(done, total)
+
+    return jax.tree.map(lambda stored: Counted(stored, read), params)
 
 
 class _StoredHandler(handlers.TypeHandler):

@@ -1,35 +1,44 @@
-"""What a step says of itself: rollout statistics, phase times and sample files."""
+"""What a step says of itself: rollout statistics and phase times."""
 
 from __future__ import annotations
 
 import collections
-import json
+import math
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
-import jax
 import numpy as np
 
-from kdrl_jax.data import Tokenizer
+from kdrl_jax.rewards import OwnReward
 from kdrl_jax.rollout.repetition import repeats
-from kdrl_jax.training.collect import Collected
-from kdrl_jax.training.evaluation import completion_texts
-from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.types import FINISH_LENGTH, OUTCOMES, Rollouts, Verdict
 
 
 class StepClock:
     """Wall time by phase: `lap(name)` books the time since the last lap to `time/NAME_s`.
 
-    Attributes:
-      phase: what the time is being spent on now.
+    Args:
+      watch: called with each new phase.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, watch: Callable[[str], Any] = lambda phase: None) -> None:
+        self._phase, self._watch = "", watch
         self.phase = "rollout"
         self._last = time.perf_counter()
         self._booked: dict[str, float] = {}
+
+    @property
+    def phase(self) -> str:
+        """What the time is being spent on now."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: str) -> None:
+        if phase != self._phase:
+            self._phase = phase
+            self._watch(phase)
 
     def lap(self, name: str, then: str = "rollout") -> None:
         """The time since the last lap was spent on `name`, in seconds; `then` comes next."""
@@ -45,7 +54,10 @@ class StepClock:
 
 
 def rollout_metrics(
-    rollouts: Rollouts, verdicts: Sequence[Verdict], rewards: np.ndarray
+    rollouts: Rollouts,
+    verdicts: Sequence[Verdict],
+    rewards: np.ndarray,
+    own: Mapping[str, OwnReward] = MappingProxyType({}),
 ) -> dict[str, float]:
     """Rewards, verdicts and lengths of one step.
 
@@ -54,13 +66,26 @@ def rollout_metrics(
 
     Args:
       rollouts: host arrays.
-      rewards: [P, G]; verdicts: the same in order, flat.
+      verdicts: of the P·G rollouts in order; which groups are all right is theirs to say.
+      rewards: [P, G].
+      own: of reward functions: for each the mean of what it gave ("reward/NAME", NaN where it gave
+        nothing) and the share of calls that failed; with the share of groups whose rewards are all
+        equal, which verdicts no longer tell.
     """
     lengths, finish = rollouts.lengths, rollouts.finish_reason
     counts = collections.Counter(v.outcome for v in verdicts)
-    group = rewards.mean(axis=1)
+    right = np.array([v.reward for v in verdicts], np.float32).reshape(rewards.shape)
+    group = right.mean(axis=1)
     cut = np.argwhere(finish == FINISH_LENGTH)
     loops = sum(repeats(rollouts.tokens[p, g, : lengths[p, g]].tolist()) for p, g in cut)
+    said: dict[str, float] = {}
+    for name, (values, failed) in own.items():
+        heard = values[~np.isnan(values)]
+        said[f"reward/{name}"] = float(heard.mean()) if heard.size else math.nan
+        said[f"reward/{name}_failed_frac"] = float(failed.mean())
+    if own:
+        equal = rewards.max(axis=1) == rewards.min(axis=1)
+        said["reward/equal_frac"] = float(equal.mean())
     return {
         "reward/mean": float(rewards.mean()),
         "reward/all_right_frac": float((group == 1).mean()),
@@ -70,27 +95,23 @@ def rollout_metrics(
         "length/max": float(lengths.max()),
         "length/truncated_frac": len(cut) / finish.size,
         "length/repetition_frac": loops / finish.size,
+        **said,
     }
 
 
-def write_samples(path: Path, found: Collected, count: int, tokenizer: Tokenizer) -> None:
-    """The first `count` rollouts of a step, one JSON object a line."""
-    group = found.rollouts.lengths.shape[1]
-    shown = jax.tree.map(lambda x: x[: -(-count // group)], found.rollouts)
-    lengths, finish = shown.lengths.reshape(-1), shown.finish_reason.reshape(-1)
-    lines = []
-    for i, text in enumerate(completion_texts(shown, tokenizer)[:count]):
-        problem, verdict = found.asked[i // group][0], found.verdicts[i]
-        row = {
-            "id": problem.id,
-            "sample": i % group,
-            "problem": problem.problem,
-            "answer": problem.answer,
-            "completion": text,
-            "reward": verdict.reward,
-            "outcome": verdict.outcome,
-            "length": int(lengths[i]),
-            "finish_reason": "length" if finish[i] == FINISH_LENGTH else "eos",
-        }
-        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_atomic(path, "".join(lines))
+def split_kl(numbers: Mapping[str, float]) -> dict[str, float]:
+    """`numbers` with the sums of `kl_by_mask` as means over the tokens of each part.
+
+    Nats per token; absent where a part has no tokens.
+    """
+    parts = {
+        "kl/distilled": ("kl/distilled_sum", "kd/active_frac"),
+        "kl/masked": ("kl/masked_sum", "kd/masked_frac"),
+    }
+    sums = {total for total, _ in parts.values()}
+    means = {
+        name: numbers[total] / numbers[share]
+        for name, (total, share) in parts.items()
+        if total in numbers and numbers[share] > 0
+    }
+    return {name: value for name, value in numbers.items() if name not in sums} | means

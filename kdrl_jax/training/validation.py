@@ -15,9 +15,9 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kdrl_jax.config import ROOT, flatten, load_config, to_json
+from kdrl_jax.config import CONFIGS, flatten, load_config, to_json
 from kdrl_jax.data.filters import parse_filters
-from kdrl_jax.data.prompts import PROMPT_STYLES
+from kdrl_jax.models.lora import LoRA
 from kdrl_jax.models.qwen import REMAT
 from kdrl_jax.objectives import (
     AGGREGATIONS,
@@ -28,8 +28,11 @@ from kdrl_jax.objectives import (
     phase_schedule,
 )
 from kdrl_jax.tasks.registry import get_task, task_args
+from kdrl_jax.training.adapters import lora_of, lora_problems
 from kdrl_jax.training.health import THRESHOLDS, WATCHES
+from kdrl_jax.training.own_code import own_code_problems
 from kdrl_jax.training.safety import safety_problems, server_problems, without_secrets
+from kdrl_jax.training.wandb_run import wandb_problems
 from kdrl_jax.types import UserError
 
 ROLES = ("student", "teacher")
@@ -45,7 +48,6 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "advantage.scale": ("group", "batch", "none"),
     "advantage.baseline": ("mean", "leave_one_out"),
     "optimizer.schedule": ("constant", "cosine"),
-    "data.prompt_style": tuple(PROMPT_STYLES),
     "data.on_bad": ("raise", "drop"),
     "student.dtype": ("float32", "bfloat16"),
     "teacher.dtype": ("float32", "bfloat16", "int8"),
@@ -69,8 +71,9 @@ _NOT_NEGATIVE = (
     *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
     *("samples.count", "eval.temperature", "data.seed"),
     *("reference_coef", "tis_cap", "memory_gib"),
-    *("rollout.refill", "rollout.slots", "rollout.carry"),
+    *("rollout.refill", "rollout.slots", "rollout.carry", "student.lora.rank"),
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
+    "reward.verdict_weight",
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
     *(f"{role}.shape.vocab_size" for role in ROLES),
     *("optimizer.b1", "optimizer.b2", "health.teacher_every", *THRESHOLDS),
@@ -78,6 +81,7 @@ _NOT_NEGATIVE = (
 _POSITIVE = (
     *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
     *("optimizer.eps", "reward.timeout_s", "student.sft.learning_rate", "trrd.clamp"),
+    "student.lora.alpha",
     *("teacher.sft.learning_rate", "process_timeout_s", "rollout.server.timeout_s"),
 )
 
@@ -86,7 +90,7 @@ RESUMABLE_CHANGES = (
     *("steps", "checkpoint.", "samples.", "cache_dir", "micro_batch", "process_timeout_s"),
     *("mesh.", "teacher_mesh.", "rollout_mesh.", "health.", "rollout.slots", "rollout.server."),
     *("reward.workers", "logprob_chunk", "memory_gib", "optimizer.offload", "teacher.offload"),
-    *("offline", "debug"),
+    *("offline", "debug", "wandb."),
     *(f"{role}.remat" for role in ROLES),
 )
 
@@ -105,6 +109,8 @@ class Sizes:
     logprob_temperature: float
     rollout_dtype: str
     """Of the student's rollouts and evaluations."""
+    lora: LoRA | None = None
+    """Of the student's adapters; None: all its weights are trained."""
 
 
 def validate(
@@ -122,7 +128,7 @@ def validate(
     """
     flat = flatten(config)
     if reference is None:
-        reference = load_config(ROOT / "configs" / "base.py")
+        reference = load_config(CONFIGS / "base.py")
     known = flatten(reference)
     problems = list(_key_problems(flat, known))
     # Where a key is missing or mistyped the default stands in, so that the rest is checked too.
@@ -141,6 +147,7 @@ def validate(
             flat["rollout.temperature"] if temperature == "rollout" else float(temperature)
         ),
         rollout_dtype=flat["rollout.dtype"] or flat["student.dtype"],
+        lora=lora_of(flat),
     )
 
 
@@ -214,8 +221,10 @@ def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
         yield from _method_problems(flat, METHODS[flat["objective"]])
         if flat["rollout.server.url"]:
             yield from server_problems(flat, METHODS[flat["objective"]])
+    yield from wandb_problems(flat)
     yield from safety_problems(flat)
     yield from _size_problems(flat)
+    yield from lora_problems(flat, sources)
     if sources:
         yield from _source_problems(flat)
 
@@ -230,6 +239,7 @@ def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
             "set teacher.sft.steps to make one, or use objective='grpo'"
         )
     yield from _task_problems(flat)
+    yield from own_code_problems(flat)
     for key in ("data.path", "data.eval_path"):
         local = flat[key] and "://" not in flat[key] and not any(c in flat[key] for c in "*?[")
         if local and not Path(flat[key]).exists():
