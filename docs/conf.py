@@ -50,3 +50,4 @@ html_theme = "furo"
 html_title = "kdrl_jax"
 html_show_copyright = False
 html_copy_source = False
+smartquotes = False
