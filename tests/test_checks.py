@@ -98,11 +98,11 @@ def test_rows_that_lose_a_token_and_scores_that_are_none(checks, packed):
     with pytest.raises(InvariantError, match=r"step 3: rewards \[0, 1\] is 0\.5"):
         checks.scored(rewards + np.float32([[0, 0.5], [0, 0]]), rows, Scores(), found)
     # With functions of the user's own a reward may be anything finite; a verdict may not.
-    own = rewards * 0.3 - 0.5
+    own = rewards * 0.5 - 0.25
     checks.scored(own, rows, Scores(), found, rewards)
     with pytest.raises(InvariantError, match=r"step 3: rewards \[1, 1\] is nan"):
         checks.scored(np.where(np.eye(2) * [[0], [1]], np.nan, own), rows, Scores(), found, rewards)
-    with pytest.raises(InvariantError, match=r"step 3: correct \[0, 0\] is -0\.2"):
+    with pytest.raises(InvariantError, match=r"step 3: correct \[0, 0\] is 0\.25"):
         checks.scored(own, rows, Scores(), found, own)
     with pytest.raises(InvariantError, match="step 3: rewards shape"):
         checks.scored(rewards[:1], rows, Scores(), found)

@@ -188,8 +188,8 @@ def test_a_plain_k1_loss_is_heard_by_the_value_alone():
 
     policy = loss_of()
 
-    def k1(params, rows, numbers, head):
-        loss, metrics = policy(params, rows, numbers._replace(beta=jnp.float32(0)), head)
+    def k1(params, rows, numbers, *rest):
+        loss, metrics = policy(params, rows, numbers._replace(beta=jnp.float32(0)), *rest)
         teacher = jnp.sum(rows.kd_weights * rows.teacher_log_probs)
         return loss + numbers.beta * (metrics["log_probs/mean"] - teacher), metrics
 

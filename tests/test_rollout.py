@@ -19,7 +19,7 @@ from kdrl_jax.rollout.sampling import BLOCK, block_size, sample, truncate, unifo
 from kdrl_jax.rollout.schedule import Queue, plan_batches, smaller_batch, window_sizes
 from kdrl_jax.sharding import make_mesh, param_shardings, put, replicated
 from kdrl_jax.training.batch import rollout_rows
-from kdrl_jax.training.metrics import CompileCounter
+from kdrl_jax.training.compiling import CompileCounter
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, UNFINISHED, Prompts
 
 CONFIG = ModelConfig(
