@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.config import read_config, split_variant
 from kdrl_jax.processes import LostProcess, is_first, wait_for_the_coordinator
-from kdrl_jax.training.display import LOGS, emit, speaking
+from kdrl_jax.training.display import LOGS, emit, end_line, speaking
 from kdrl_jax.training.safety import own_folder
 from kdrl_jax.training.stopping import EXIT_INTERRUPTED, EXIT_STOPPED
 from kdrl_jax.training.storage import drop_torn_programs, storage_problem
@@ -92,6 +92,7 @@ def run_entry(main: Callable[[], Any]) -> None:
             if kind != "text" or not sys.stderr.isatty():
                 silence_bars()
             code = _call(main, command)
+            end_line()
             emit("end", exit=code)
         if {"-h", "--help"} & {*sys.argv} and not code:
             print(f"  {LOG_HELP}")

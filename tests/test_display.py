@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import io
 import json
 import math
 import os
@@ -339,7 +340,7 @@ def test_a_terminal_shows_the_phases_and_ctrl_c_says_how_to_go_on(tmp_path, cach
     env = {"PYTHONPATH": str(ROOT), "XLA_FLAGS": os.environ["XLA_FLAGS"]}
     terminal = Terminal([sys.executable, "-m", "kdrl_jax.train", *flags], env)
     try:
-        terminal.read(r"^step .* 3/500 ")
+        terminal.read(r"^step .* ([3-9]|\d\d+)/500 ")
         os.write(terminal.fd, b"\x03")
         terminal.read(None)
         code = terminal.process.wait(60)
@@ -374,19 +375,30 @@ def test_compilations_that_last_are_told_of(monkeypatch, capsys):
     monkeypatch.setattr(compiling, "PATIENCE_S", 0.05)
     told = threading.Event()
     Display()
-    listener = COMPILING.listener
-    monkeypatch.setattr(COMPILING, "listener", lambda *x: (listener(*x), told.set()))
+    lasts = COMPILING.lasts
+    monkeypatch.setattr(COMPILING, "lasts", lambda *x: (lasts(*x), told.set()))
     events = jax.monitoring
-    lowered = "/jax/core/compile/jaxpr_to_mlir_module_duration"
     compiled = "/jax/core/compile/backend_compile_duration"
-    events.record_event_duration_secs(lowered, 0.1, fun_name="jit(quick)")
+    events.record_scalar(compiled, 0.0, fun_name="jit(quick)")
     events.record_event_duration_secs(compiled, 0.01, fun_name="jit(quick)")
-    events.record_event_duration_secs(lowered, 0.1, fun_name="jit(slow)")
+    events.record_scalar(compiled, 0.0, fun_name="jit(slow)")
     assert told.wait(60)
     assert COMPILING.running
     events.record_event_duration_secs(compiled, 42.4, fun_name="jit(slow)")
     assert COMPILING.running is None
     assert capsys.readouterr().out == "compiling slow …\ncompiled slow in 42 s\n"
+
+
+def test_a_display_whose_stream_is_closed_does_no_harm(monkeypatch):
+    """The command is over, the process goes on: a notebook, or a program that calls `train`."""
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    Display()
+    monkeypatch.undo()
+    COMPILING.lasts("something", 9.0, True)
+    assert stream.getvalue() == "compiled something in 9 s\n"
+    stream.close()
+    COMPILING.lasts("something", 9.0, True)
 
 
 def test_jax_tells_when_it_compiles():

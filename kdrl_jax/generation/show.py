@@ -6,17 +6,16 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-import jax
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
 from kdrl_jax.generation.asking import means
+from kdrl_jax.training.compiling import COMPILING, CompileCounter
 
 WIDE = 100
 """Columns of a terminal from which two answers stand beside each other."""
-_COMPILE = "/jax/core/compile/backend_compile_duration"
 _SAVE, _RESTORE = "\x1b7", "\x1b8\x1b[J"
 
 
@@ -29,16 +28,14 @@ class CompileNotice:
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._on, self._seconds = False, 0.0
+        self._on = False
 
     def __enter__(self) -> CompileNotice:
-        jax.monitoring.register_scalar_listener(self._begun)
-        jax.monitoring.register_event_duration_secs_listener(self._done)
+        COMPILING.begins = self._begun
         return self
 
     def __exit__(self, *_: object) -> None:
-        jax.monitoring.unregister_scalar_listener(self._begun)
-        jax.monitoring.unregister_event_duration_listener(self._done)
+        COMPILING.begins = lambda: None
         self.clear()
 
     def clear(self) -> None:
@@ -46,18 +43,14 @@ class CompileNotice:
         if self._on and self._live:
             self._write(_RESTORE)
         elif self._on:
-            self._write(f"compiled in {self._seconds:.1f} s\n")
-        self._on, self._seconds = False, 0.0
+            self._write(f"compiled in {self._counter.seconds:.1f} s\n")
+        self._on = False
 
-    def _begun(self, event: str, value: float, **_: Any) -> None:
-        if event == _COMPILE and not self._on:
-            self._on = True
+    def _begun(self) -> None:
+        if not self._on:
+            self._on, self._counter = True, CompileCounter()
             sys.stdout.flush()
             self._write(f"{_SAVE}\x1b[2mcompiling…\x1b[0m" if self._live else "compiling…\n")
-
-    def _done(self, event: str, duration_secs: float, **_: Any) -> None:
-        if event == _COMPILE:
-            self._seconds += duration_secs
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

@@ -85,9 +85,16 @@ def speaking(kind: str) -> Iterator[None]:
     try:
         yield
     finally:
+        end_line()
         sys.stdout.flush()
         sys.stdout = out
         _Log.kind, _Log.out = before
+
+
+def end_line() -> None:
+    """Say what was printed last even if its line has no end."""
+    if isinstance(sys.stdout, _Lines):
+        sys.stdout.write("\n")
 
 
 class _Lines(io.TextIOBase):
@@ -138,7 +145,7 @@ class Display:
         self._tracks: list[Track] = []
         self._region: Live | None = None
         if not quiet:
-            COMPILING.listener = self._compiling
+            COMPILING.lasts = self._compiling
 
     def say(self, text: str) -> None:
         """Plain text, mostly one line."""
@@ -227,7 +234,12 @@ class Display:
             yield progress
 
     def _compiling(self, program: str, seconds: float, done: bool) -> None:
-        """Where no bar shows it: that a program has been compiled for long, or took long."""
+        """Where no bar shows it: that a program has been compiled for long, or took long.
+
+        The display's own command may be over, and its stream closed.
+        """
+        if self.console.file.closed:
+            return
         if self._region is None or done:
             self.say(f"compiled {program} in {seconds:.0f} s" if done else f"compiling {program} …")
 
