@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kdrl_jax import report
-from kdrl_jax.reporting.panels import GROUPS, panels_of
+from kdrl_jax.reporting.panels import GROUPS, drawn_metrics, panels_of
 from kdrl_jax.reporting.runs import MOST_POINTS, labels, pick_evenly, read_runs
 from kdrl_jax.types import UserError
 
@@ -164,9 +164,18 @@ def test_a_page_and_a_picture_beside_it(page_file):
 
 
 def test_a_panel_is_there_if_a_run_has_its_metric():
-    found = panels_of(["kl/distilled", "kl/masked", "beta", "reward/mean", "nonsense"])
+    own = ["reward/brevity", "reward/brevity_failed_frac", "reward/equal_frac"]
+    found = panels_of(["kl/distilled", "kl/masked", "beta", "reward/mean", "nonsense", *own])
     assert [group["title"] for group in found] == ["Learning", "Distillation"]
     assert [p["title"] for p in found[1]["panels"]] == ["KL by mask", "β"]
+    series = {p["title"]: list(p["series"].values()) for p in found[0]["panels"]}
+    assert series == {
+        "Reward of rollouts": ["trained on"],
+        "Groups without a difference": ["equal rewards"],
+        "Reward functions": ["brevity"],
+        "Reward functions that failed": ["brevity"],
+    }
+    assert drawn_metrics(["nonsense", "beta", *own]) == {"beta", *own}
     named = [m for group in GROUPS.values() for p in group for m in p.series]
     assert len(named) == len(set(named))
 

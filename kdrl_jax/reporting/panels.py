@@ -34,9 +34,10 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
         panel("Held-out accuracy", "eval/accuracy", share=True),
         panel("Reward of rollouts", "reward/mean=trained on", "reward/drawn_mean=drawn"),
         panel(
-            "Groups whose rewards are all equal",
+            "Groups without a difference",
             "reward/all_right_frac=all right",
             "reward/all_wrong_frac=all wrong",
+            "reward/equal_frac=equal rewards",
             unit="share of groups",
             share=True,
         ),
@@ -112,10 +113,29 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
 }
 
 
+def all_groups(metrics: Iterable[str]) -> dict[str, tuple[Panel, ...]]:
+    """GROUPS, and what reward functions of the user's own gave, by their names in `metrics`."""
+    start, end = "reward/", "_failed_frac"
+    failed = sorted(name for name in metrics if name.startswith(start) and name.endswith(end))
+    if not failed:
+        return GROUPS
+    names = [name.removeprefix(start).removesuffix(end) for name in failed]
+    own = (
+        panel("Reward functions", *(f"{start}{name}={name}" for name in names), unit="mean"),
+        panel(
+            "Reward functions that failed",
+            *(f"{start}{name}{end}={name}" for name in names),
+            unit="share of groups",
+            share=True,
+        ),
+    )
+    return {**GROUPS, "Learning": GROUPS["Learning"] + own}
+
+
 def panels_of(metrics: Iterable[str]) -> list[dict[str, Any]]:
     """The groups with what they have to show, as JSON: panels without any of `metrics` are out."""
     found, known = [], set(metrics)
-    for title, panels in GROUPS.items():
+    for title, panels in all_groups(known).items():
         shown = [
             dataclasses.asdict(p) | {"series": {m: n for m, n in p.series.items() if m in known}}
             for p in panels
@@ -126,6 +146,8 @@ def panels_of(metrics: Iterable[str]) -> list[dict[str, Any]]:
     return found
 
 
-def drawn_metrics() -> set[str]:
-    """All metrics that any panel has."""
-    return {metric for panels in GROUPS.values() for p in panels for metric in p.series}
+def drawn_metrics(metrics: Iterable[str]) -> set[str]:
+    """Those of `metrics` that any panel has."""
+    known = set(metrics)
+    panels = (panel for group in all_groups(known).values() for panel in group)
+    return known & {metric for panel in panels for metric in panel.series}

@@ -43,7 +43,7 @@ def draw(runs: Sequence[RunRecord], output: Path) -> None:
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-        if name in ("eval/accuracy", "reward/mean"):
+        if name == "eval/accuracy":
             axis.set_ylim(0, 1)
     axes[0][0].legend(fontsize=8)
     figure.tight_layout()

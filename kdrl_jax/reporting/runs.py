@@ -97,7 +97,7 @@ def _read_run(folder: Path, name: str, rows: list[dict[str, Any]], budget: int) 
     timed = {k for row in rows for k in row if k.startswith("time/") and k.endswith("_s")}
     phases = [p for p in PHASES if p in timed] + sorted(timed - set(PHASES))
     spent = np.cumsum([sum(_number(row.get(k)) or 0.0 for k in phases) for row in rows])
-    wanted = sorted(drawn_metrics() & {k for row in rows for k in row}) + phases
+    wanted = sorted(drawn_metrics(k for row in rows for k in row)) + phases
     columns: Columns = {key: [] for key in ("step", "seconds", *wanted)}
     for i, row in enumerate(rows):
         if i % every == 0 or "eval/accuracy" in row or i == len(rows) - 1:

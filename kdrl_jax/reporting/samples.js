@@ -131,6 +131,7 @@ function choose(i, byHand = true) {
     ["step", step],
     ["problem", `${row.id ?? "?"} #${row.sample ?? 0}`],
     ["reward", row.reward],
+    ...Object.entries(row).filter(([name]) => name.startsWith("reward/")),
     ["tokens", `${row.length}${row.finish_reason === "length" ? ", cut" : ""}`],
   ];
   if (typeof row.advantage === "number") facts.push(["advantage", number(row.advantage)]);
