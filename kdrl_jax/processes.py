@@ -151,22 +151,32 @@ def hosts() -> list[str]:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-    """What a user did wrong on one host is an error on all of them: none waits for another.
+    """What goes wrong on one host is an error on all of them: none waits for another.
 
     Raises:
-      UserError: in every process, if any has raised one within.
+      UserError: in every process, if any has raised one within; in the others also where one has
+        raised anything else, unless it is the devices' or the network's.
     """
     problems: list[str] = []
+    other: Exception | None = None
     try:
         yield
     except UserError as error:
         if count() == 1:
             raise
         problems = error.problems
+    except jax.errors.JaxRuntimeError:
+        raise  # what the others would be told by may be what is broken
+    except Exception as error:
+        if count() == 1:
+            raise
+        problems, other = f"{type(error).__name__}: {error}".splitlines(), error
     if count() > 1:
         told = [text.split("\n") if text else [] for text in gather_text("\n".join(problems))]
         names = hosts()
         lines = dict.fromkeys(line for mine in told for line in mine)
+        if other is not None:
+            raise other
         where = {line: [names[i] for i, x in enumerate(told) if line in x] for line in lines}
         if lines:
             raise UserError(

@@ -11,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from local_server import LocalServer
@@ -306,3 +307,21 @@ def test_alone_there_is_nobody_to_ask():
     processes.agree("here", {"this": "that"})
     with pytest.raises(processes.UserError, match=r"^wrong$"), processes.together():
         raise processes.UserError("wrong")
+
+
+def test_others_do_not_wait_for_one_that_has_failed(monkeypatch):
+    """Whatever it raised: they hear what and where, it raises the same."""
+    told = []
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    monkeypatch.setattr(processes, "hosts", lambda: ["0 on a", "1 on b"])
+    monkeypatch.setattr(processes, "gather_text", lambda text: told.append(text) or ["", text])
+    with pytest.raises(ZeroDivisionError), processes.together():
+        raise ZeroDivisionError("of mine\nindeed")
+    assert told == ["ZeroDivisionError: of mine\nindeed"]
+    monkeypatch.setattr(processes, "gather_text", lambda text: [text, told[0]])
+    with pytest.raises(processes.UserError) as caught, processes.together():
+        pass
+    assert caught.value.problems[0] == "ZeroDivisionError: of mine (process 1 on b)"
+    with pytest.raises(jax.errors.JaxRuntimeError), processes.together():
+        raise jax.errors.JaxRuntimeError("the network")  # which nobody can be told by
+    assert len(told) == 1

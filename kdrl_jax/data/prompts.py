@@ -163,7 +163,8 @@ def encode_prompts(
     count = processes.count()
     content = find_style(style)
     share = problems[processes.index() :: count]
-    own = [encode_content(content(problem), tokenizer) for problem in share]
+    with processes.together():
+        own = [encode_content(content(problem), tokenizer) for problem in share]
     everyone = processes.gather_rows(own) if count > 1 else [own]
     encoded = ((x, everyone[i % count][i // count]) for i, x in enumerate(problems))
     kept = [(problem, ids) for problem, ids in encoded if len(ids) <= max_tokens]

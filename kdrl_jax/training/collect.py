@@ -307,7 +307,9 @@ class Collector:
                     "truncated": (rollouts.finish_reason[i] == FINISH_LENGTH).tolist(),
                 }
             )
-        said, shared = self._functions.ask(groups), {}
+        with processes.together():
+            said = self._functions.ask(groups)
+        shared = {}
         for function in self._functions.functions:
             values, failed = np.zeros((count, size), np.float32), np.zeros(count, np.float32)
             if places:
