@@ -13,6 +13,7 @@ python -m kdrl_jax.report runs/demo
 cat <<'END'
 
 Look at
+  runs/demo/report.html       the page about the run: open it in a browser
   runs/demo/curves.png        the learning curves
   runs/demo/samples/          what the student wrote, and the verdicts on it
   runs/demo/metrics.jsonl     all numbers, a line for each step
@@ -21,7 +22,7 @@ Go on with
   . .venv/bin/activate
   # The same student without a teacher, and both in one picture:
   python -m kdrl_jax.train --config=configs/demo.py --config.objective=grpo --workdir=runs/demo_grpo
-  python -m kdrl_jax.report runs/demo runs/demo_grpo
+  python -m kdrl_jax.report runs/demo runs/demo_grpo --output=runs/both.html
   # The trained student as a Hugging Face folder:
   python -m kdrl_jax.convert --to=hf runs/demo runs/demo_exported
   # Your own model and problems: see README.md.

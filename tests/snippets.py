@@ -21,10 +21,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from ml_collections import ConfigDict
 from test_train import ROOT, TINY
 
 from kdrl_jax.cli import EXIT_USER_ERROR, split_overrides
 from kdrl_jax.config import find_config, load_config, read_config
+from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError
 
 _FENCE = re.compile(r"^```(python|bash)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -105,8 +107,23 @@ def check_command(module: str, arguments: list[str]) -> None:
             assert find_config(value)[0].resolve().is_relative_to(ROOT / "configs"), value
             if flag == "--config":
                 load_config(value)
-                _, problems = read_config(value, overrides)
+                config, problems = read_config(value, overrides)
                 assert not problems, problems
+                if module == "kdrl_jax.train":
+                    check_values(config)
+
+
+def check_values(config: ConfigDict) -> None:
+    """A training would begin if the files were there: nothing else is found to refuse."""
+    try:
+        validate(config)
+    except UserError as error:
+        others = [
+            x
+            for x in error.problems
+            if not re.search(r": no (file|folder) |No module named 'my_", x)
+        ]
+        assert not others, others
 
 
 def tiny(module: str, arguments: list[str], cache: Path) -> list[str]:
