@@ -108,6 +108,16 @@ def read_config(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigDict,
     return _override(config, overrides)
 
 
+def saved_config(file: Path) -> ConfigDict:
+    """A run's config.json, with today's defaults for keys that it has not, without unknown ones."""
+    config = load_config(CONFIGS / "base.py")
+    known = flatten(config)
+    saved = flatten(ConfigDict(json.loads(file.read_text(encoding="utf-8"))))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items() if k in known}
+    config.update_from_flattened_dict(values)
+    return config
+
+
 def split_variant(path: str | Path) -> tuple[Path, str]:
     """'configs/stage2.py:k3' as (configs/stage2.py, 'k3'), 'stage2:k3' as (stage2, 'k3').
 

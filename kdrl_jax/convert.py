@@ -26,7 +26,8 @@ from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import Decoder, save_hf, save_peft
 from kdrl_jax.models.hf_files import open_hf
 from kdrl_jax.sharding import path_name
-from kdrl_jax.training.adapters import open_weights, read_adapters, read_record
+from kdrl_jax.training.adapters import Base, open_weights, read_adapters, read_record
+from kdrl_jax.training.checkpoints import is_run, split_step
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.roles import keep_model, read_model_config
 from kdrl_jax.training.streaming import counted, write_stored
@@ -63,14 +64,14 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
         )
 
 
-def to_peft(run: Path, output: Path, step: int | None = None) -> Path:
+def to_peft(run: Path, output: Path, step: int | None = None) -> Base:
     """Write the adapters of a run as a PEFT folder.
 
     Args:
       run, output, step: as of `to_hf`.
 
     Returns:
-      The folder of the weights that they belong to.
+      The weights that they belong to.
 
     Raises:
       UserError: as `to_hf`; or the run trained all weights.
@@ -79,23 +80,23 @@ def to_peft(run: Path, output: Path, step: int | None = None) -> Path:
     record = read_record(run)
     if record is None:
         raise UserError(f"{run}: trained all weights, not adapters; use --to=hf")
-    model, where = Decoder(read_model_config(run)), record.base.folder
+    model = Decoder(read_model_config(run))
     adapters = read_adapters(run, model, record, step)
-    save_peft(output, model.config, record.lora, adapters, str(where))
-    return where
+    save_peft(output, model.config, record.lora, adapters, str(record.base.folder))
+    return record.base
 
 
 def _find_run(run: Path, step: int | None, output: Path) -> tuple[Path, int | None]:
     """The run's folder and the step that `run` names, if that can be read and `output` written."""
-    if run.name.isdigit() and run.parent.name == "checkpoints":
-        run, step = run.parent, int(run.name) if step is None else step
-    if run.name == "checkpoints":
-        run = run.parent
+    run, named = split_step(run)
+    step = named if step is None else step
     problems = _check_output(output)
     if not run.is_dir():
         problems.append(f"{run}: no such folder; give a run's folder")
     elif not (run / "model" / "config.json").is_file():
         problems.append(f"{run}: holds no model/config.json; give a run's folder")
+    elif not is_run(run):
+        problems.append(f"{run}: holds no checkpoints/ folder; give a run's folder")
     if problems:
         raise UserError(*problems)
     return run, step
@@ -123,11 +124,11 @@ def to_orbax(folder: Path, output: Path) -> None:
         keep_model(output, config, tokenizer, lambda at: write_stored(at, params), folder)
 
 
-def _how_to_read(base: Path) -> str:
+def _how_to_read(base: Base) -> str:
     """What PEFT needs first where a base is no Hugging Face folder."""
-    if not (base / "checkpoints").is_dir():
+    if base.step is None:
         return ""
-    return f": for PEFT make it one of its own, --to=hf {base} FOLDER"
+    return f": for PEFT make it one of its own, --to=hf {base.folder} FOLDER --step={base.step}"
 
 
 def _check_output(output: Path) -> list[str]:
@@ -157,7 +158,7 @@ def main(argv: list[str] | None = None) -> None:
         to_hf(args.source, args.output, args.step, args.dtype)
     elif args.to == "peft":
         base = to_peft(args.source, args.output, args.step)
-        print(f"adapters of {base}" + _how_to_read(base))
+        print(f"adapters of {base.folder}" + _how_to_read(base))
     else:
         to_orbax(args.source, args.output)
     print(f"written: {args.output}")

@@ -34,17 +34,16 @@ from kdrl_jax.data.schemas import PASS_RATE
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
 from kdrl_jax.network import set_offline
-from kdrl_jax.rollout import RolloutEngine, sampling_params
+from kdrl_jax.rollout import DRAWING, RolloutEngine, sampling_params
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem, grade_all, respond
 from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import lock_folder, unlock_folder
 from kdrl_jax.training.problems import GRADING, make_grader
-from kdrl_jax.training.validation import validate
+from kdrl_jax.training.validation import refused
 from kdrl_jax.types import Problem, UserError
 
 PASS_COUNTS = "pass_counts"
-DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 # What is read of a config; only these keys are checked.
 READS = (
     *("seed", "cache_dir", "offline", "student.dtype", "eval.batch", "eval.samples", "data.prompt"),
@@ -227,10 +226,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="", help="of the model in the output")
     args = parser.parse_args(rest)
     config, problems = read_config(args.config, overrides)
-    try:
-        validate(config)
-    except UserError as error:
-        problems += [line for line in error.problems if line.startswith(READS)]
+    problems += refused(config, READS)
     for key in ("samples", "limit"):
         if (value := getattr(args, key)) is not None and value < 1:
             problems.append(f"--{key}: {value} must be at least 1")
@@ -238,9 +234,9 @@ def main(argv: list[str] | None = None) -> None:
         problems.append(f"--output: {args.output} must end in .jsonl, which says how it is read")
     policy = None
     try:
-        policy = find_policy(args.model)
+        policy = find_policy(args.model, "--model")
     except UserError as error:
-        problems += [line.replace("--checkpoint", "--model", 1) for line in error.problems]
+        problems += error.problems
     if problems or policy is None:
         raise UserError(*problems)
     set_offline(config.offline)

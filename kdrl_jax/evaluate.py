@@ -33,7 +33,7 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax.cli import enable_compilation_cache, run_entry, split_overrides
-from kdrl_jax.config import CONFIGS, apply_overrides, flatten, load_config, read_config
+from kdrl_jax.config import apply_overrides, read_config, saved_config
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
     PAPER_COLUMNS,
@@ -61,7 +61,7 @@ from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import lock_folder, unlock_folder
 from kdrl_jax.training.problems import GRADING, make_grader
 from kdrl_jax.training.storage import write_atomic
-from kdrl_jax.training.validation import validate
+from kdrl_jax.training.validation import refused
 from kdrl_jax.types import UserError
 
 # What an evaluation reads of a config; only these are checked.
@@ -187,21 +187,12 @@ def _read_config(
     if file:
         config, problems = read_config(file, overrides)
     elif saved and saved.is_file():
-        config = load_config(CONFIGS / "base.py")
-        known = flatten(config)
-        values = flatten(ConfigDict(json.loads(saved.read_text(encoding="utf-8"))))
-        lists = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known}
-        config.update_from_flattened_dict(lists)
-        config, problems = apply_overrides(config, overrides), []
+        config, problems = apply_overrides(saved_config(saved), overrides), []
     elif policy:
         raise UserError("--config: missing; only a run's folder has a config.json of its own")
     else:
         return None
-    try:
-        validate(config)
-    except UserError as error:
-        problems += [p for p in error.problems if p.startswith(READS)]
-    if problems:
+    if problems := problems + refused(config, READS):
         raise UserError(*problems)
     return config
 

@@ -21,17 +21,15 @@ another model, whoever drew it, also beside_log_prob and log_ratio = log_prob âˆ
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from kdrl_jax.cli import enable_compilation_cache, run_entry
-from kdrl_jax.config import ROOT, flatten, load_config
+from kdrl_jax.config import CONFIGS, load_config, saved_config
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_content, find_style
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import Refusals
@@ -40,11 +38,12 @@ from kdrl_jax.generation.conversation import converse
 from kdrl_jax.generation.sampler import Sampler, Settings
 from kdrl_jax.generation.screen import Screen
 from kdrl_jax.generation.show import CompileNotice
+from kdrl_jax.rollout import DRAWING
 from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.display import log_kind
 from kdrl_jax.training.roles import mesh_problems
 from kdrl_jax.types import Problem, UserError
 
-DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
 USUAL_TOKENS = 1024
 
 
@@ -81,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
 
     enable_compilation_cache(Path(known["cache_dir"]))
     names = _names(policies)
-    live = args.file is None and settings.samples == 1
+    live = args.file is None and settings.samples == 1 and not args.json
     samplers = []
     for name, policy in zip(names, policies, strict=True):
         print(f"{policy}: {dtype}, {mesh.size} x {jax.devices()[0].device_kind}", file=sys.stderr)
@@ -135,12 +134,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _policies(args: argparse.Namespace, wrong: Refusals) -> list[PolicyFolder]:
     found = []
     for option, folder in (("--model", args.model), ("--beside", args.beside)):
-        try:
-            if folder is not None:
-                found.append(find_policy(folder))
-        except UserError as error:
-            wrong += [line.replace("--checkpoint", option, 1) for line in error.problems]
-    return found
+        if folder is not None:
+            found.append(wrong.attempt(find_policy, folder, option))
+    return [policy for policy in found if policy]
 
 
 def _names(policies: Sequence[PolicyFolder]) -> list[str]:
@@ -151,16 +147,13 @@ def _names(policies: Sequence[PolicyFolder]) -> list[str]:
 
 def _run_settings(policy: PolicyFolder) -> dict[str, Any]:
     """What a run's config says of drawing, with the usual for what it does not."""
-    usual = flatten(load_config(ROOT / "configs" / "base.py"))
-    found = {key: usual[f"rollout.{key}"] for key in DRAWING} | {"cache_dir": usual["cache_dir"]}
-    found["max_new_tokens"] = USUAL_TOKENS
     file = policy.folder / "config.json"
-    if policy.step is not None and file.is_file():
-        saved = flatten(ConfigDict(json.loads(file.read_text(encoding="utf-8"))))
-        keys = {key: f"rollout.{key}" for key in DRAWING}
-        keys |= {"cache_dir": "cache_dir", "prompt_style": "data.prompt_style"}
-        found |= {name: saved[key] for name, key in keys.items() if key in saved}
-    return found
+    own = policy.step is not None and file.is_file()
+    config = saved_config(file) if own else load_config(CONFIGS / "base.py")
+    found = {key: config.rollout[key] for key in DRAWING} | {"cache_dir": config.cache_dir}
+    return found | (
+        {"prompt_style": config.data.prompt_style} if own else {"max_new_tokens": USUAL_TOKENS}
+    )
 
 
 def _settings(args: argparse.Namespace, known: dict[str, Any], wrong: Refusals) -> Settings:
@@ -184,6 +177,8 @@ def _settings(args: argparse.Namespace, known: dict[str, Any], wrong: Refusals) 
             wrong.append(f"--{name}: {value} {rule}")
     if args.prompt is not None and args.file is not None:
         wrong.append("--prompt and --file: give one of them")
+    if log_kind() == "quiet" and not args.output:
+        wrong.append("--log=quiet: would drop the answers; add --output, with --file or --json")
     if args.output and args.file is None and not args.json:
         wrong.append("--output: is for the rows of --file or --json; add one of them")
     talks = args.prompt is None and args.file is None and sys.stdin.isatty()

@@ -23,11 +23,12 @@ from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
 from kdrl_jax.network import set_offline
 from kdrl_jax.objectives import Trend
-from kdrl_jax.rollout import Engine, RolloutEngine, sampling_params
+from kdrl_jax.rollout import DRAWING, Engine, RolloutEngine, sampling_params
 from kdrl_jax.shapes import require_installed
 from kdrl_jax.sharding import put_batch
 from kdrl_jax.training.adapters import init_adapters
 from kdrl_jax.training.base import build_base
+from kdrl_jax.training.checkpoints import stored_steps
 from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.display import Display
@@ -52,10 +53,10 @@ from kdrl_jax.training.roles import (
 )
 from kdrl_jax.training.run import Run, open_workdir
 from kdrl_jax.training.serving import connect
-from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
+from kdrl_jax.training.state import abstract_state, init_state, optimizer_of
 from kdrl_jax.training.stopping import EXIT_STOPPED, EndAtOnce
 from kdrl_jax.training.storage import check_writable
-from kdrl_jax.training.validation import compare_for_resume, has_checkpoint, validate
+from kdrl_jax.training.validation import compare_for_resume, validate
 from kdrl_jax.types import UserError
 
 
@@ -75,7 +76,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         if workdir.exists() and not workdir.is_dir():
             raise UserError(f"--workdir: {workdir} is a file; give a folder")
         check_writable(workdir)
-        if saved.exists() and has_checkpoint(workdir):
+        if saved.exists() and stored_steps(workdir / "checkpoints"):
             compare_for_resume(json.loads(saved.read_text(encoding="utf-8")), config, saved)
     processes.agree("--config", {"configuration": digest(config.to_dict())})
     set_offline(config.offline)
@@ -121,11 +122,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             build_role("student", config, student, tokenizer, mesh, display)
         )
         reference = Weights(student.base, initial, mesh)
-    o = config.optimizer
-    optimizer = make_optimizer(
-        make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps * sizes.updates),
-        **{k: o[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")},
-    )
+    optimizer = optimizer_of(config.optimizer, config.steps * sizes.updates)
     checks = Checks(config, sizes, tokenizer.size, tokenizer.stop_ids) if config.debug else None
     learner = Learner(
         config,
@@ -143,7 +140,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     sampling = sampling_params(
         (ro.prompts_per_step + ro.carry, ro.group_size),
         tokenizer.stop_ids,
-        **{k: ro[k] for k in ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")},
+        **{k: ro[k] for k in DRAWING},
     )
 
     def engine_of(model: Decoder) -> Engine:
@@ -227,9 +224,11 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         while step < config.steps and not run.stopping:
             with jax.transfer_guard("disallow"):  # every copy between host and device is meant
                 policy = learner.policy(state.params)
-                sampler = teacher.params if teacher and by_teacher else policy
-                # Meanwhile the last step's metrics are read.
-                found, position = collector.collect(sampler, position, run.settle)
+                # Meanwhile the last step's metrics are read. An offloaded teacher's weights are on
+                # the devices until it has drawn, so they get no name here.
+                found, position = collector.collect(
+                    teacher.params if teacher and by_teacher else policy, position, run.settle
+                )
                 rollouts = put_batch(mesh, found.rollouts)
                 if checks:
                     checks.rollouts(step + 1, found.rollouts)

@@ -522,12 +522,15 @@ def test_a_real_terminal(models, tmp_path):
     os.close(slave)
     seen = ""
 
-    def until(text: str, times: int) -> None:
+    def until(text: str, times: int, signals: int = 0) -> None:
+        """Read on; a signal is sent again, for one just before the wait is not heard in it."""
         nonlocal seen
         deadline = time.monotonic() + 240
         while seen.count(text) < times:
             assert time.monotonic() < deadline, seen
-            if select.select([master], [], [], 1.0)[0]:
+            if signals:
+                process.send_signal(signals)
+            if select.select([master], [], [], 5.0)[0]:
                 seen += os.read(master, 4096).decode(errors="replace")
 
     try:
@@ -535,8 +538,7 @@ def test_a_real_terminal(models, tmp_path):
         os.write(master, b"Hi\n")
         until("> ", 2)
         assert "compiling…" in seen
-        process.send_signal(signal.SIGINT)  # while it waits for a line
-        until("/quit or Ctrl-D leaves", 1)
+        until("/quit or Ctrl-D leaves", 1, signal.SIGINT)  # while it waits for a line
         os.write(master, b"/quit\n")
         assert process.wait(timeout=240) == 0
     finally:

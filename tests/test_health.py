@@ -13,6 +13,7 @@ CONFIG = load_config(ROOT / "configs" / "base.py").health.to_dict()
 WELL = {
     "update/skipped": 0.0,
     "reward/mean": 0.4,
+    "reward/correct_frac": 0.4,
     "reward/all_right_frac": 0.2,
     "reward/all_wrong_frac": 0.3,
     "length/mean": 100.0,
@@ -189,14 +190,14 @@ def test_dynamic_sampling_is_judged_by_what_was_drawn():
 @pytest.mark.parametrize(
     ("objective", "kd_mask", "row", "judged"),
     [
-        ("kdrl", "none", {"reward/mean": 1.0}, True),
-        ("kdrl", "response", {"reward/mean": 1.0}, False),  # nothing wrong to distil
-        ("kdrl", "response", {"reward/mean": 0.9}, True),
+        ("kdrl", "none", {"reward/correct_frac": 1.0}, True),
+        ("kdrl", "response", {"reward/correct_frac": 1.0}, False),  # nothing wrong to distil
+        ("kdrl", "response", {"reward/correct_frac": 0.9}, True),
         ("kdrl", "group", {"reward/all_wrong_frac": 0.0}, False),
         ("kdrl", "group", {"reward/all_wrong_frac": 0.1}, True),
         ("trrd", "none", {"reward/all_right_frac": 0.5, "reward/all_wrong_frac": 0.5}, False),
         ("trrd", "none", {}, True),
-        ("reward_shaping", "response", {"reward/mean": 1.0}, True),
+        ("reward_shaping", "response", {"reward/correct_frac": 1.0}, True),
         ("kdrl", "none", {"weights/sum": 0.0}, False),  # all responses were masked
     ],
 )

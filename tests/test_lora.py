@@ -496,6 +496,17 @@ def test_a_run_on_another_base_does_not_go_on(whole, cache, tmp_path):
         test_train.run(run, cache, **CHANGES | {"steps": 5})
 
 
+def test_an_attempt_without_a_checkpoint_leaves_nothing_behind(whole, cache, tmp_path):
+    """What its folder says of adapters does not outlive it: the next attempt trains all weights."""
+    run = tmp_path / "run"
+    (run / "model").mkdir(parents=True)
+    record = read_record(whole)
+    write_record(run, record.lora, dataclasses.replace(record.base, folder=tmp_path / "gone"))
+    test_train.run(run, cache, **CHANGES | {"steps": 2, "student.lora.rank": 0})
+    assert read_record(run) is None
+    load_policy(run, ONE, "float32")
+
+
 # --- mistakes --------------------------------------------------------------------------------
 
 

@@ -434,7 +434,7 @@ def test_running_out_while_the_update_is_waited_for(cache, tmp_path, capsys, mon
     settle = train.Run.wait
 
     def wait(self, then="rollout"):
-        if self._pending and self._pending[0] == 2:
+        if self._step == 2:
             monkeypatch.setattr(jax, "device_get", fail)
         return settle(self, then)
 

@@ -42,6 +42,7 @@ def trouble(problems, completions, scale=1.0):
     if what == "hang": time.sleep(1000)
     if what == "exit": os._exit(3)
     if what == "nan": return [math.nan] * len(completions)
+    if what == "large": return [1e39] * len(completions)
     if what == "short": return [1.0]
     if what == "words": return ["good"] * len(completions)
     if what == "number": return 1.0
@@ -102,13 +103,13 @@ def test_a_call_that_fails_adds_nothing_to_its_group(module):
         "words": r"own_rewards:trouble raised ValueError: could not convert",
         "number": r"own_rewards:trouble raised TypeError",
     }
-    groups = [group("fine"), *map(group, bad), group("fine too")]
+    groups = [group("fine"), *map(group, bad), group("large"), group("fine too")]
     texts = ("own_rewards:trouble", "own_rewards:brevity")
     with RewardFunctions(texts, workers=2, timeout_s=5.0) as functions:
         with pytest.warns(RuntimeWarning, match="adds nothing") as said:
             found = functions.ask(groups)
         again = functions.ask(groups[:2])
-    assert found["trouble"].failed.tolist() == [0, *[1] * len(bad), 0]
+    assert found["trouble"].failed.tolist() == [0, *[1] * len(bad), 1, 0]
     assert not found["brevity"].failed.any()
     np.testing.assert_array_equal(again["trouble"].failed, [0, 1])
     correct = np.zeros((len(groups), 3), np.float32)

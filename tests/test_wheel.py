@@ -102,6 +102,9 @@ def test_training_from_another_folder(installed, tmp_path):
     assert summary["finished"]
     (start,) = json.loads((tmp_path / "runs" / "demo" / "provenance.json").read_text())
     assert start["kdrl_jax"] == {"version": kdrl_jax.__version__, "commit": ""}
+    ask = ("--model=runs/demo", "--prompt=1+2=", "--max_new_tokens=4")
+    done = run(installed, tmp_path, "kdrl-generate", *ask)
+    assert done.returncode == 0, done.stderr
 
 
 def test_mistakes_are_said_in_a_line_each(installed, tmp_path):

@@ -21,6 +21,7 @@ from kdrl_jax.training.adapters import (
     read_record,
     restore_adapters,
 )
+from kdrl_jax.training.checkpoints import split_step, stored_steps
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.roles import model_folder, read_model_config
 from kdrl_jax.types import Params, UserError
@@ -54,32 +55,30 @@ class PolicyFolder:
         return load_tokenizer(model_folder(self.folder))
 
 
-def find_policy(path: str | Path) -> PolicyFolder:
+def find_policy(path: str | Path, option: str = "--checkpoint") -> PolicyFolder:
     """What `path` names: a Hugging Face folder, a run's folder (its newest checkpoint), or one
     checkpoint of a run, RUN/checkpoints/STEP.
+
+    Args:
+      option: what the path was given by, for errors.
 
     Raises:
       UserError: no such folder, no model in it, or no whole checkpoint.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise UserError(f"--checkpoint: no folder {path}; give a Hugging Face folder or a run's")
-    step = None
-    if folder.parent.name == "checkpoints" and folder.name.isdigit():
-        folder, step = folder.parent.parent, int(folder.name)
-    elif folder.name == "checkpoints":
-        folder = folder.parent
+    if not Path(path).is_dir():
+        raise UserError(f"{option}: no folder {path}; give a Hugging Face folder or a run's")
+    folder, step = split_step(Path(path))
     if not (model_folder(folder) / "config.json").is_file():
         raise UserError(
-            f"--checkpoint: {path} holds no config.json of a model; give a Hugging Face folder or "
+            f"{option}: {path} holds no config.json of a model; give a Hugging Face folder or "
             "a run's"
         )
     if model_folder(folder) == folder:
         return PolicyFolder(folder, None)
-    steps = [int(p.name) for p in (folder / "checkpoints").glob("*") if p.name.isdigit()]
+    steps = stored_steps(folder / "checkpoints")
     if not steps:
         raise UserError(
-            f"--checkpoint: {folder} holds no whole checkpoint; let the run reach its first save"
+            f"{option}: {folder} holds no whole checkpoint; let the run reach its first save"
         )
     return PolicyFolder(folder, max(steps) if step is None else step)
 

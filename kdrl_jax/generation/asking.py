@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kdrl_jax.data import Tokenizer
+from kdrl_jax.data import Tokenizer, token_pieces
 from kdrl_jax.data.sources import BadRow, open_sources
 from kdrl_jax.generation.sampler import Answer, Sampler
 from kdrl_jax.generation.text_stream import PARTIAL
+from kdrl_jax.training.display import emit, log_kind
 from kdrl_jax.types import Problem, UserError
 
 PAGE = 4
@@ -94,8 +95,9 @@ def token_records(
 
 
 def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    """The text of each token; of one that is none by itself, such as a special one, its name."""
-    texts = [tokenizer.decode([token]) for token in tokens]
+    """What each token adds to the text; of one that adds none, such as a special one, its name."""
+    texts = token_pieces(tokenizer, tokens, tokenizer.decode(list(tokens)))
+    texts = texts or [tokenizer.decode([token]) for token in tokens]
     if any(not text or PARTIAL in text for text in texts):
         names = {index: name for name, index in tokenizer.vocab().items()}
         for place, token in enumerate(tokens):
@@ -145,13 +147,13 @@ def write_rows(
 
     Args:
       encoded: for each model its token ids of every prompt.
-      output: a new file; None: stdout.
+      output: a new file; None: stdout, with --log=json as events "answer".
       batch: answers that are drawn at once.
     """
     at_once = -(-batch // samplers[0].settings.samples)
     page, total = PAGE * at_once, len(problems)
     with contextlib.ExitStack() as stack:
-        file = sys.stdout
+        file = None
         if output is not None:
             output.parent.mkdir(parents=True, exist_ok=True)
             file = stack.enter_context(output.open("x", encoding="utf-8"))
@@ -163,8 +165,11 @@ def write_rows(
             found.sort(key=lambda said: (said.answer.number, said.speaker, said.answer.sample))
             for said in found:
                 row = row_of(said, problems[start + said.answer.number], names)
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+                if file is None and log_kind() == "json":
+                    emit("answer", **row)
+                else:
+                    print(json.dumps(row, ensure_ascii=False), file=file)
+            (file or sys.stdout).flush()
             if total > page:
                 print(f"{part.stop} of {total} prompts", file=sys.stderr)
 

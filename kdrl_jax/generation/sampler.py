@@ -209,9 +209,9 @@ class Sampler:
         width = min(most, -(-max(int(out.lengths.max()), 1) // SCORED) * SCORED)
         tokens, known = out.tokens[..., :width], self.tokenizer.size
         prompts = np.asarray(out.prompt_tokens)
-        strange = np.logical_or(
-            (tokens >= known).any(axis=-1), (prompts >= known).any(axis=-1, keepdims=True)
-        )
+        padding = np.arange(prompts.shape[1]) < prompts.shape[1] - out.prompt_lengths[:, None]
+        unknown = ((prompts >= known) & ~padding).any(axis=-1, keepdims=True)
+        strange = np.logical_or((tokens >= known).any(axis=-1), unknown)
         cut = dataclasses.replace(
             out,
             prompt_tokens=np.where(prompts < known, prompts, 0),

@@ -30,7 +30,7 @@ from kdrl_jax.training.batch import Packing, Rows, rollout_rows
 from kdrl_jax.training.learner import Weights
 from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.roles import decoder_of
-from kdrl_jax.training.state import abstract_state, make_optimizer, make_schedule
+from kdrl_jax.training.state import abstract_state, optimizer_of
 from kdrl_jax.training.validation import Sizes
 from kdrl_jax.types import Rollouts
 
@@ -62,7 +62,7 @@ def lowered_programs(
     meshes: Meshes,
     ids: int,
 ) -> list[Program]:
-    """The programs of a step, in the order in which it runs them.
+    """The programs of a step, in the order in which it runs them; none of a rollout server's.
 
     Args:
       shapes: of "student" and, where the method has one, "teacher".
@@ -70,7 +70,8 @@ def lowered_programs(
       ids: of the tokenizer.
     """
     run = _Run(config, sizes, shapes, meshes, ids)
-    return [*run.rollout(), *run.scoring(), run.update()]
+    drawing = [] if config.rollout.server.url else run.rollout()
+    return [*drawing, *run.scoring(), run.update()]
 
 
 class _Run:
@@ -88,10 +89,7 @@ class _Run:
         self.config, self.sizes, self.mesh, self._ids = config, sizes, mesh, ids
         self._meshes = meshes
         self.student = decoder_of(config.student, shapes["student"], sizes.lora)
-        o = config.optimizer
-        schedule = make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps)
-        keys = ("b1", "b2", "eps", "weight_decay", "clip_norm")
-        optimizer = make_optimizer(schedule, **{key: o[key] for key in keys})
+        optimizer = optimizer_of(config.optimizer, config.steps * sizes.updates)
         self.state = abstract_state(self.student, optimizer, mesh)
         self.teacher = self.reference = None
         if "teacher" in shapes:

@@ -113,11 +113,11 @@ def make_run_plan(
     """
     sizes = validate(config, sources=False)
     devices, why = devices_of(machine) if programs else (None, "not asked for")
-    if required and devices is None:
-        raise UserError(f"--compile: {machine.name}: {why}; use --compile=none")
     meshes = make_meshes(config, devices, count=None if devices else machine.count)
     if meshes.apart and devices:
         why = "meshes on devices of their own are estimated alone"
+    if required and why:
+        raise UserError(f"--compile: {machine.name}: {why}; use --compile=none")
     ids = known_ids(config, sizes)
     shapes = check_shapes(config, sizes, ids, meshes)
     limit = config.memory_gib * GIB or machine.limit

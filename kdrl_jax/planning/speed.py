@@ -95,7 +95,9 @@ class Speeds:
 
     def phases(self) -> dict[str, Speed]:
         """By name: 'rollout', 'prefill', 'score NAME', 'update'."""
-        phases = {"prefill": self._prefill(), "rollout": self._rollout()}
+        phases = {}
+        if not self._config.rollout.server.url:  # which draws on devices of its own
+            phases = {"prefill": self._prefill(), "rollout": self._rollout()}
         phases |= {f"score {name}": self._score(name, role) for name, role in self._asked()}
         return phases | {"update": self._update()}
 

@@ -21,7 +21,7 @@ BETWEEN = (
     *("reward/mean", "length/mean", "length/truncated_frac"),
     *("kl/teacher", "entropy/mean", "beta", "gradient/norm"),
 )
-TRAINING_TIMES = ("time/rollout_s", "time/score_s", "time/update_s", "time/reward_s")
+TRAINING_TIMES = ("time/rollout_s", "time/score_s", "time/update_s")
 ONE_OFF = 3.0  # a step that takes so many times the run's median compiled or started something
 DIGITS = 4  # significant, in JSON
 

@@ -32,6 +32,7 @@ from kdrl_jax.rewards.supervisor import Supervisor, kill_all, worker_command
 from kdrl_jax.types import OUTCOMES, UserError
 
 KEY = "reward.functions"
+_MOST = float(np.finfo(np.float32).max)
 ARGUMENTS = {
     "problems": "the problem's text, G times",
     "answers": "its gold answer, G times",
@@ -263,5 +264,5 @@ def _fault(reply: Any, size: int, timeout_s: float) -> tuple[str, str]:
         return kind, ends[kind] if kind in ends else f"raised {reply[:300]}"
     if len(reply) != size:
         return "length", f"returned {len(reply)} numbers for {size} completions"
-    bad = [x for x in reply if x is not None and not math.isfinite(x)]
+    bad = [x for x in reply if x is not None and not abs(x) <= _MOST]  # NaN is not, either
     return ("value", f"returned {bad[0]}") if bad else ("", "")

@@ -267,7 +267,7 @@ class Supervisor:
         if self._failed_starts >= (LATER_ATTEMPTS if self._ever_ready else START_ATTEMPTS):
             self._failed_starts = 0
             raise RuntimeError(
-                f"a verification process {what} before its first task; can {sys.executable} "
+                f"a worker process {what} before its first task; can {sys.executable} "
                 f"import {self.needs}? It wrote:\n{said}"
             )
 

@@ -12,6 +12,9 @@ from jaxtyping import Array, Int, Key
 
 from kdrl_jax.types import SamplingParams
 
+DRAWING = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
+"""What `sampling_params` takes of a config's `rollout`."""
+
 
 def sampling_params(
     shape: tuple[int, int],

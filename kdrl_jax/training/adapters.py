@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -38,6 +39,7 @@ from kdrl_jax.sharding import param_shardings, path_name
 from kdrl_jax.training.checkpoints import (
     abstract_params,
     find_params,
+    is_run,
     restore_params,
     stored_steps,
 )
@@ -80,7 +82,7 @@ def lora_problems(flat: Mapping[str, Any], sources: bool) -> Iterator[str]:
 
 
 def rank_problems(lora: LoRA | None, shape: ModelConfig) -> list[str]:
-    """A line if adapters would be no smaller than what they are added to."""
+    """A line if the rank exceeds what the product of adapters can have."""
     if lora is None:
         return []
     widths = projection_widths(shape)
@@ -114,7 +116,7 @@ class Base:
         Raises:
           UserError: it has no such checkpoint.
         """
-        if (folder / "checkpoints").is_dir():
+        if is_run(folder):
             steps = stored_steps(folder / "checkpoints")
             step = max(steps, default=None) if step is None else step
             if step not in steps:
@@ -207,7 +209,18 @@ def weights_digest(folder: Path, step: int | None) -> str:
         folder, listed = checkpoint, {}
     names = [str(file.relative_to(folder)) for file in files]
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
-        return digest(list(pool.map(lambda n: [n, listed.get(n) or digest_of(folder / n)], names)))
+        return digest(list(pool.map(lambda n: [n, listed.get(n) or _digest(folder / n)], names)))
+
+
+def _digest(file: Path) -> str:
+    """The SHA-256 of a file; one that has not been touched since is not read again."""
+    stat = file.stat()
+    return _read_digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@functools.cache
+def _read_digest(file: Path, *_: int) -> str:
+    return digest_of(file)
 
 
 def frozen_dtypes(model: Decoder) -> Params:
@@ -235,7 +248,7 @@ def load_weights(
     Raises:
       UserError: see `load_hf`, `restore_params` and `Base.require`.
     """
-    if not (folder / "checkpoints").is_dir():
+    if not is_run(folder):
         return load_hf(folder, mesh=mesh, dtype=dtype, progress=progress)[1]
     record = read_record(folder)
     shardings = param_shardings(mesh, model.shapes())
@@ -304,7 +317,7 @@ def open_weights(folder: Path, model: Decoder, step: int | None = None) -> Itera
       UserError: as `load_weights`.
     """
     with contextlib.ExitStack() as stack:
-        if not (folder / "checkpoints").is_dir():
+        if not is_run(folder):
             _, arrays = stack.enter_context(open_hf(folder))
             yield jax.tree_util.tree_map_with_path(
                 lambda path, _: arrays[path_name(path)], model.shapes()

@@ -291,6 +291,18 @@ def restore_params(folder: Path, like: Params, step: int | None = None) -> Param
             raise UserError(damaged(where / str(step), error)) from error
 
 
+def split_step(path: Path) -> tuple[Path, int | None]:
+    """(RUN, STEP) of RUN/checkpoints/STEP; (RUN, None) of RUN/checkpoints and of RUN."""
+    if path.parent.name == "checkpoints" and path.name.isdigit():
+        return path.parent.parent, int(path.name)
+    return (path.parent if path.name == "checkpoints" else path), None
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder with weights is a run's; else it is a Hugging Face model's."""
+    return (folder / "checkpoints").is_dir()
+
+
 def find_params(folder: Path, shapes: Params, step: int | None = None) -> tuple[int, Params]:
     """The step and the opened weights of a run folder's checkpoint, compared with `shapes`.
 
@@ -302,7 +314,7 @@ def find_params(folder: Path, shapes: Params, step: int | None = None) -> tuple[
       UserError: no checkpoint there, an incomplete one, or one of another model.
     """
     where = (folder / "checkpoints").resolve()
-    if not where.is_dir():
+    if not is_run(folder):
         raise UserError(f"{folder}: holds no checkpoints/ folder; give a run's folder")
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with ocp.CheckpointManager(where, options=ocp.CheckpointManagerOptions(read_only=True)) as m:

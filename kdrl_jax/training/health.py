@@ -349,7 +349,7 @@ class Health:
         if self._method.ratio == "trrd":  # the teacher weighs what rewards say
             return (_equal(row) or 0.0) < 1
         if self._method.kd and self._kd_mask != "none":  # is there anything it may speak of?
-            some_wrong = row.get("reward/correct_frac", row["reward/mean"]) < 1
+            some_wrong = row["reward/correct_frac"] < 1
             return all_wrong > 0 if self._kd_mask == "group" else some_wrong
         return True
 

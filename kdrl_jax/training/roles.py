@@ -28,7 +28,7 @@ from kdrl_jax.models.lora import LoRA
 from kdrl_jax.sharding import batch_parts, nearest_divisor, param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.adapters import check_run, load_weights, rank_problems
-from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.training.checkpoints import abstract_params, is_run, restore_params, save_params
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.sft import Example, train_supervised
@@ -300,7 +300,7 @@ def write_model_files(
 def check_weights(path: str | Path, model: Decoder) -> list[str]:
     """What is wrong with the weights in a Hugging Face or run folder, by their headers alone."""
     try:
-        if (Path(path) / "checkpoints").is_dir():
+        if is_run(Path(path)):
             check_run(Path(path), model)
         else:
             with open_hf(path):

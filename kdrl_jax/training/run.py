@@ -21,7 +21,8 @@ from kdrl_jax.config import to_json
 from kdrl_jax.data import Tokenizer
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.objectives import METHODS, Trend
-from kdrl_jax.training.checkpoints import CheckpointStore
+from kdrl_jax.training.adapters import FILE as BASE_FILE
+from kdrl_jax.training.checkpoints import CheckpointStore, stored_steps
 from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.compiling import CompileCounter
 from kdrl_jax.training.display import Display, finite
@@ -59,6 +60,8 @@ def open_workdir(
         lock_folder(workdir)
         for folder in (workdir, workdir / "model", workdir / "samples"):
             sweep(folder)
+        if not stored_steps(workdir / "checkpoints"):  # of an earlier try: nothing belongs to it
+            (workdir / BASE_FILE).unlink(missing_ok=True)
         write_atomic(workdir / "config.json", to_json(config))
         write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
         write_model_files(workdir, shape, tokenizer, config.student.path)
@@ -115,7 +118,8 @@ class Run:
         self._accuracies = [(row["step"], row[key]) for row in before if key in row]
         self._writer = MetricsWriter(workdir, start) if processes.is_first() else None
         self._wandb: WandbRun | None = None
-        self._pending: tuple[int, Any, dict[str, float]] | None = None
+        self._numbers: dict[str, float] | None = None  # of the last step, to be written
+        self._computed: Mapping[str, jax.Array] | None = None  # more of them, to be waited for
         self._ideal: Ideal | None = None
 
     def __enter__(self) -> Run:
@@ -130,7 +134,7 @@ class Run:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None and self.config.debug:
-            error.add_note(f"debug: in step {self._step + 1}, phase {self.clock.phase}")
+            error.add_note(f"debug: in step {self._now()}, phase {self.clock.phase}")
         try:
             alone = processes.count() == 1
             failed = self._close(wait=alone or not isinstance(error, JaxRuntimeError))
@@ -148,10 +152,14 @@ class Run:
             raise UserError(problem, self.store.newest()) from error
         if error is not None and out_of_memory(error):
             # The state may have been donated: nothing can be saved any more.
-            waiting = self._pending is not None and self.clock.phase == "update"
-            step = self._step if waiting else self._step + 1
             saved = self.store.latest_step()
-            raise self._memory.explain(error, self.clock.phase, step, saved) from error
+            raise self._memory.explain(error, self.clock.phase, self._now(), saved) from error
+
+    def _now(self) -> int:
+        """The step that is being made."""
+        phase = self.clock.phase
+        waited_for = phase == "update" and self._computed is not None
+        return self._step + (not waited_for and phase not in ("eval", "checkpoint"))
 
     def _told(self, number: int) -> None:
         """Say at once what becomes of a signal; the main thread may be waiting for devices."""
@@ -187,7 +195,7 @@ class Run:
         numbers = {**scalars, **rollout_metrics(*of)}
         numbers |= self.clock.take()
         self._ideal = self._meter.ideal(found, scores)
-        self._pending, self._step = (step, metrics, numbers), step
+        self._numbers, self._computed, self._step = numbers, metrics, step
         self.stopping.step_made()
         self.phases.next_step()
         self.clock.phase = "rollout"
@@ -198,31 +206,27 @@ class Run:
         Args:
           then: what comes next, for the clock.
         """
-        if self._pending is None:
+        if self._numbers is None:
             self.clock.phase = then
             return None
-        step, metrics, numbers = self._pending
-        if metrics is not None:
+        if self._computed is not None:
             self.clock.phase = "update"
-            read = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            numbers |= split_kl(read)
+            computed, self._computed = jax.device_get(self._computed), None
+            self._numbers |= split_kl({name: float(value) for name, value in computed.items()})
             self.clock.lap("update", then)
-            numbers |= self.clock.take()
-            numbers["time/compilations"] = self.compiles.count
-            self._pending = (step, None, numbers)
-        return numbers
+            self._numbers |= self.clock.take()
+            self._numbers["time/compilations"] = self.compiles.count
+        return self._numbers
 
     def settle(self) -> None:
         """Write the remembered step's line, and see whether anybody was told to stop."""
         self.stopping.agree()
-        numbers = self.wait()
+        numbers, step = self.wait(), self._step
         if numbers is None:
             return
-        assert self._pending
         assert self._ideal
-        step, _, _ = self._pending
         numbers |= speeds(self._ideal, numbers)
-        self._pending = None
+        self._numbers = None
         kl = numbers.get("kl/teacher", self.trend.kl)  # the last known where no teacher was asked
         if not numbers["update/skipped"]:
             self.trend = self.trend.observe(kl, numbers["reward/mean"])
@@ -232,6 +236,10 @@ class Run:
             self.display.alert(line, step=step)
         self.stopping.unhealthy |= bool(self._health.stop)
         self._write(step, dict(sorted(numbers.items())))
+        self._say_step(step, numbers)
+
+    def _say_step(self, step: int, numbers: Mapping[str, float]) -> None:
+        """A step's line; with an evaluation also how accuracy has gone so far."""
         shown = f"reward {numbers['reward/mean']:.3f}  length {numbers['length/mean']:.0f}"
         if "kl/teacher" in numbers:
             shown += f"  kl {numbers['kl/teacher']:.4f}"

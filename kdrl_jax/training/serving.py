@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.data import Tokenizer
 from kdrl_jax.models import Decoder
-from kdrl_jax.rollout import ServerEngine, sampling_params
+from kdrl_jax.rollout import DRAWING, ServerEngine, sampling_params
 from kdrl_jax.rollout.server import KINDS
 from kdrl_jax.rollout.server_check import PROBES, Wanted, check_server
 from kdrl_jax.rollout.transport import Server
@@ -72,8 +72,7 @@ def connect(
         texts=[problem.problem for problem, _ in some],
         prompts=[ids for _, ids in some],
     )
-    keys = ("max_new_tokens", "temperature", "top_p", "top_k", "min_p")
-    sampling = sampling_params((1, 1), tokenizer.stop_ids, **{k: ro[k] for k in keys})
+    sampling = sampling_params((1, 1), tokenizer.stop_ids, **{k: ro[k] for k in DRAWING})
     for line in check_server(engine, wanted, engine.drawing(sampling), tokenizer):
         display.say(line)
     display.say(f"rollouts by {asked.kind} at {asked.url}, weights through {engine.weights}")

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from kdrl_jax.sharding import param_shardings, state_shardings
 from kdrl_jax.types import Params, TrainState
@@ -35,6 +36,13 @@ def make_optimizer(
         optax.clip_by_global_norm(clip_norm),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay),
     )
+
+
+def optimizer_of(config: ConfigDict, updates: int) -> optax.GradientTransformation:
+    """What a run's `optimizer` asks for, over so many updates."""
+    schedule = make_schedule(config.learning_rate, config.warmup_steps, config.schedule, updates)
+    keys = ("b1", "b2", "eps", "weight_decay", "clip_norm")
+    return make_optimizer(schedule, **{key: config[key] for key in keys})
 
 
 def init_params(model: Any, key: jax.Array, mesh: Mesh) -> Params:

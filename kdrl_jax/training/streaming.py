@@ -69,7 +69,7 @@ class Counted:
     def read(self, index: Sequence[slice]) -> np.ndarray:
         """The block `index`."""
         block = self._stored.read(index)
-        self._read(block.nbytes)
+        self._read(block.size * self.dtype.itemsize)  # merged ones are wider than what is read
         return block
 
 

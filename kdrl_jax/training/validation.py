@@ -347,9 +347,13 @@ def _size_problems(flat: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def has_checkpoint(workdir: Path) -> bool:
-    """Whether a run in this folder has got as far as its first checkpoint."""
-    return any(p.name.isdigit() for p in (workdir / "checkpoints").glob("*"))
+def refused(config: ConfigDict, keys: tuple[str, ...]) -> list[str]:
+    """What `validate` says of the keys that begin so: for commands that read no others."""
+    try:
+        validate(config)
+    except UserError as error:
+        return [line for line in error.problems if line.startswith(keys)]
+    return []
 
 
 def differences(
