@@ -238,7 +238,7 @@ class Display:
 
         The display's own command may be over, and its stream closed.
         """
-        if self.console.file.closed:
+        if getattr(self.console.file, "closed", False):
             return
         if self._region is None or done:
             self.say(f"compiled {program} in {seconds:.0f} s" if done else f"compiling {program} …")
