@@ -1,4 +1,4 @@
-"""The snippets of docs/bring_your_own.md: short, and run as they stand.
+"""The snippets of docs/bring_your_own.md and of README's section: short, and run as they stand.
 
 What they need is made here, small: two models of one tokenizer and a few problems. Commands run in
 this process, those of training with settings that make them small.
@@ -25,7 +25,9 @@ from kdrl_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "bring_your_own.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", PAGE, re.MULTILINE | re.DOTALL))
+SECTIONS["README"] = README.partition("### Bring your own")[2].partition("\n## ")[0]
 MODEL = {
     **{"model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "hidden_act": "silu"},
     **{"vocab_size": 448, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1},
@@ -92,7 +94,7 @@ def last(workdir: Path) -> dict[str, float]:
 
 
 def test_the_snippets_are_short_and_say_what_they_need():
-    assert list(SECTIONS) == ["Data", "Prompt style", "Reward", "Model", "Teacher"]
+    assert list(SECTIONS) == ["Data", "Prompt style", "Reward", "Model", "Teacher", "README"]
     for section in SECTIONS:
         for text in [*blocks("bash", section), *blocks("python", section)]:
             assert len(text.strip().splitlines()) <= 15
@@ -131,6 +133,16 @@ def test_rewards_of_ones_own(here):
     digest = hashlib.sha256((here / "my_rewards.py").read_bytes()).hexdigest()
     assert start["own_code"] == {"my_rewards": digest}
     assert row["reward/brevity_failed_frac"] == row["reward/hedging_failed_frac"] == 0
+
+
+def test_what_readme_shows(here):
+    run("README", here)
+    row = last(here / "runs" / "own")
+    assert 0.9 < row["reward/brevity"] < 1
+    assert row["reward/mean"] == pytest.approx(
+        row["reward/correct_frac"] + 0.2 * row["reward/brevity"]
+    )
+    assert row["kl/teacher"] != 0
 
 
 def test_a_model_of_ones_own_before_and_after(here, capsys):
