@@ -127,6 +127,7 @@ for name in sys.argv[1:]:
     sys.argv = [name, "--help"]
     try:
         command()
+        print(name, 0)
     except SystemExit as end:
         print(name, end.code)
 """
