@@ -1,4 +1,4 @@
-"""How vLLM and SGLang are asked for completions and given weights, and what they answer.
+"""How vLLM and SGLang are asked for completions and given weights, and what they reply.
 
 Read in the sources of vLLM 0.33 and SGLang 0.5.23. Every setting that a server would otherwise take
 from the model's generation_config.json, such as a repetition penalty, is sent with each request.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Float, Int
 
-from kdrl_jax.rollout.transport import Answer, Ask, Busy
+from kdrl_jax.rollout.transport import Ask, Busy, Reply
 from kdrl_jax.types import UserError
 
 MOST_BIASED = 1024
@@ -132,10 +132,10 @@ class VLLM:
         if drawing.never:
             body["logit_bias"] = drawing.never
 
-        def read(answer: Answer) -> Completion:
-            if not answer.good:
-                raise UserError(_refused("/v1/completions", answer))
-            choice = _first(answer.content, "choices")
+        def read(reply: Reply) -> Completion:
+            if not reply.good:
+                raise UserError(_refused("/v1/completions", reply))
+            choice = _first(reply.content, "choices")
             _settled(choice.get("finish_reason"))
             if choice.get("token_ids") is None:
                 raise UserError(
@@ -155,14 +155,14 @@ class VLLM:
         return Ask("POST", "/v1/completions", body, read)
 
     def load(self, folder: Path, version: int) -> list[Ask]:
-        def loaded(answer: Answer) -> None:
-            if not answer.good:
-                raise UserError(_refused(f"to load {folder}", answer))
+        def loaded(reply: Reply) -> None:
+            if not reply.good:
+                raise UserError(_refused(f"to load {folder}", reply))
 
-        def dropped(answer: Answer) -> None:
-            if not answer.good:
-                raise UserError(_refused("/reset_prefix_cache", answer))
-            if isinstance(answer.content, dict) and answer.content.get("success") is False:
+        def dropped(reply: Reply) -> None:
+            if not reply.good:
+                raise UserError(_refused("/reset_prefix_cache", reply))
+            if isinstance(reply.content, dict) and reply.content.get("success") is False:
                 raise Busy("cached prefixes of old weights are still in use")
 
         call = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
@@ -207,10 +207,10 @@ class SGLang:
         body = {"input_ids": list(request.prompt), "sampling_params": sampling}
         version = self._version
 
-        def read(answer: Answer) -> Completion:
-            if not answer.good:
-                raise UserError(_refused("/generate", answer))
-            about = answer.content.get("meta_info") if isinstance(answer.content, dict) else None
+        def read(reply: Reply) -> Completion:
+            if not reply.good:
+                raise UserError(_refused("/generate", reply))
+            about = reply.content.get("meta_info") if isinstance(reply.content, dict) else None
             if not isinstance(about, dict):
                 raise UserError(_strange("no meta_info"))
             reason = (about.get("finish_reason") or {}).get("type")
@@ -232,10 +232,10 @@ class SGLang:
     def load(self, folder: Path, version: int) -> list[Ask]:
         self._version = f"kdrl-{version}"
 
-        def loaded(answer: Answer) -> None:
-            done = isinstance(answer.content, dict) and answer.content.get("success", True)
-            if not answer.good or not done:
-                raise UserError(_refused(f"to load {folder}", answer))
+        def loaded(reply: Reply) -> None:
+            done = isinstance(reply.content, dict) and reply.content.get("success", True)
+            if not reply.good or not done:
+                raise UserError(_refused(f"to load {folder}", reply))
 
         # By default the cache of prefixes, which are of the old weights, is dropped.
         body = {"model_path": str(folder), "weight_version": self._version}
@@ -312,15 +312,15 @@ def _first(content: Any, key: str) -> dict[str, Any]:
     return items[0]
 
 
-def _refused(what: str, answer: Answer) -> str:
+def _refused(what: str, reply: Reply) -> str:
     return (
-        f"rollout.server.url: the server refused {what} ({answer.words}); see its log, and mend "
+        f"rollout.server.url: the server refused {what} ({reply.words}); see its log, and mend "
         "its flags or the config"
     )
 
 
 def _strange(what: str) -> str:
     return (
-        f"rollout.server.url: the server's answer has {what}; check that rollout.server.kind "
+        f"rollout.server.url: the server's reply has {what}; check that rollout.server.kind "
         "names its kind and that its version is supported"
     )

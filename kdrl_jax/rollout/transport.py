@@ -26,16 +26,16 @@ AGAIN = "start the server again, then run the same command again to continue"
 
 
 class Ask(NamedTuple):
-    """One request: what is asked and how the answer is understood."""
+    """One request: what is asked and how the reply is understood."""
 
     method: str
     path: str
     body: dict[str, Any] | None = None
-    read: Callable[[Answer], Any] = lambda answer: answer
-    """Raises UserError for an answer that cannot be used, `Busy` for one to ask for again."""
+    read: Callable[[Reply], Any] = lambda reply: reply
+    """Raises UserError for a reply that cannot be used, `Busy` for one to ask for again."""
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What the server said."""
 
     status: int
@@ -58,7 +58,7 @@ class Answer(NamedTuple):
 
 
 class Busy(Exception):
-    """An answer that another attempt may better."""
+    """A reply that another attempt may better."""
 
 
 class Server:
@@ -89,7 +89,7 @@ class Server:
         self._wait_s, self.losses = wait_s, 0
 
     def ask(self, ask: Ask) -> Any:
-        """One answer, read.
+        """One reply, read.
 
         Raises:
           UserError: see `ask_all`.
@@ -101,11 +101,11 @@ class Server:
     def ask_all(self, asks: Sequence[Ask]) -> Iterator[Iterator[list[tuple[int, Any]]]]:
         """Begin to ask, in the order given; leaving the context cancels what is not done.
 
-        Gives an iterator over lists of (number in `asks`, what `read` made of the answer): all
+        Gives an iterator over lists of (number in `asks`, what `read` made of the reply): all
         that have come since the last list, at least one.
 
         Raises:
-          UserError: from the iterator: no answer after the retries or in time, or what `read`
+          UserError: from the iterator: no reply after the retries or in time, or what `read`
             raises. Connections that fail, 429, 5xx and `Busy` are asked again.
         """
         flight = _Flight(self, asks)
@@ -127,7 +127,7 @@ class Server:
         )
 
     async def insist(self, client: httpx2.AsyncClient, ask: Ask) -> Any:
-        """An answer, read, after as many attempts as it takes and may take."""
+        """A reply, read, after as many attempts as it takes and may take."""
         wait, trouble = self._wait_s, ""
         try:
             async with asyncio.timeout(self.timeout_s):
@@ -136,10 +136,10 @@ class Server:
                         await asyncio.sleep(wait)
                         wait *= 2
                     try:
-                        answer = await _once(client, ask, self._key)
-                        if answer.status < 500 and answer.status != 429:
-                            return ask.read(answer)
-                        trouble = answer.words
+                        reply = await _once(client, ask, self._key)
+                        if reply.status < 500 and reply.status != 429:
+                            return ask.read(reply)
+                        trouble = reply.words
                     except (httpx2.TransportError, httpx2.InvalidURL) as error:
                         self.losses += 1
                         trouble = f"{type(error).__name__}: {error}".rstrip(": ")
@@ -157,15 +157,15 @@ class Server:
         )
 
 
-async def _once(client: httpx2.AsyncClient, ask: Ask, key: str) -> Answer:
+async def _once(client: httpx2.AsyncClient, ask: Ask, key: str) -> Reply:
     response = await client.request(ask.method, ask.path, json=ask.body)
     text = response.text
     if key and response.status_code >= 400:  # some servers quote what they refuse; this is logged
         text = text.replace(key, "[the key]")
     try:
-        return Answer(response.status_code, json.loads(text))
+        return Reply(response.status_code, json.loads(text))
     except ValueError:
-        return Answer(response.status_code, text)
+        return Reply(response.status_code, text)
 
 
 class _Flight:
