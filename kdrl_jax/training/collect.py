@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -142,7 +142,8 @@ class Collector:
         self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
         self._seed, self._refill, self._useful = seed, refill, useful
         self._functions = functions or RewardFunctions()
-        self._seen: dict[int, float] = {}  # mean length of a problem's last completions
+        # Mean length of each problem's last completions; NaN: it has not been seen.
+        self._seen = np.full(len(problems), np.nan)
         self._phases = phases or Phases(Display(quiet=True), teacher=False)
         self._group = sampling.max_new_tokens.shape[1]
         self._carry, self._carried = carry, from_text(carried)
@@ -271,8 +272,7 @@ class Collector:
             **options,
         )
         done = (rollouts.finish_reason != UNFINISHED).all(axis=1)
-        lengths = rollouts.lengths.mean(1)[done].tolist()
-        self._seen.update(zip(np.asarray(chosen)[done].tolist(), lengths, strict=True))
+        self._seen[np.asarray(chosen)[done]] = rollouts.lengths.mean(1)[done]
         own = self._ask_functions
         return Collected(asked, rollouts, grade, self._engine.last, self._functions, own)
 
@@ -319,10 +319,11 @@ class Collector:
             shared[function.name] = OwnReward(*sums)
         return shared
 
-    def _expected(self, chosen: Iterable[int]) -> list[float]:
+    def _expected(self, chosen: Sequence[int]) -> list[float]:
         """What completions of these problems measured when last seen; new ones the usual."""
-        usual = float(np.mean([*self._seen.values()])) if self._seen else 0.0
-        return [self._seen.get(problem, usual) for problem in chosen]
+        seen = ~np.isnan(self._seen)
+        usual = self._seen.mean(where=seen) if seen.any() else 0.0
+        return np.where(seen[chosen], self._seen[chosen], usual).tolist()
 
     def _replace(
         self, found: Collected, useful: Bool[np.ndarray, "P"], more: Collected
