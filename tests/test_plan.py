@@ -30,7 +30,7 @@ from kdrl_jax.training.meshes import Meshes, make_meshes
 from kdrl_jax.training.performance import peak_of
 from kdrl_jax.training.roles import check_shapes, decoder_of, model_config
 from kdrl_jax.training.scoring import Scorer
-from kdrl_jax.training.state import init_params, init_state, make_optimizer, make_schedule
+from kdrl_jax.training.state import init_params, init_state, optimizer_of
 from kdrl_jax.training.step import Update
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import Prompts, Rollouts, UserError
@@ -344,11 +344,7 @@ def test_programs_are_those_of_a_step(changes, monkeypatch, rng):
     monkeypatch.setattr(Update, "__call__", spy_update)
     monkeypatch.setattr(Scorer, "_run", spy_score)
     student = decoder_of(config.student, shapes["student"], sizes.lora)
-    o = config.optimizer
-    optimizer = make_optimizer(
-        make_schedule(o.learning_rate, o.warmup_steps, o.schedule, config.steps),
-        **{k: o[k] for k in ("b1", "b2", "eps", "weight_decay", "clip_norm")},
-    )
+    optimizer = optimizer_of(config.optimizer, config.steps * sizes.updates)
     params = init_params(student.base, jax.random.key(0), mesh)
     model = decoder_of(config.teacher, shapes["teacher"])
     frozen = init_params(model, jax.random.key(1), teacher_mesh)
