@@ -1,7 +1,11 @@
 """Eight simulated CPU devices, no network, and strict NumPy-style promotion."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell's background job has it so, and its children too: for them Ctrl-C would be nothing.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
