@@ -1,6 +1,6 @@
 """Peak memory of loading and converting weights of the size of a 32B model.
 
-    python benchmarks/weights_memory.py [--layers=4] [--folder=/tmp/weights_memory] [--shards=8]
+    python benchmarks/weights_memory.py [--layers=4] [--folder=runs/weights_memory] [--shards=8]
 
 It writes a checkpoint of Qwen2.5-32B's widths (random bfloat16 in several files, some layers only;
 with --sparse holes that read as zeros and take no disk) and does each of these in a process of its
@@ -214,7 +214,7 @@ def main() -> None:
     )
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--shards", type=int, default=8, help="processes that share the model")
-    parser.add_argument("--folder", type=Path, default=Path("/tmp/weights_memory"))
+    parser.add_argument("--folder", type=Path, default=Path("runs/weights_memory"))
     parser.add_argument("--sparse", action="store_true", help="zeros that take no disk")
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--inner", help=argparse.SUPPRESS)
