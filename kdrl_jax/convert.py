@@ -61,6 +61,7 @@ def to_hf(run: Path, output: Path, step: int | None = None, dtype: str | None = 
             dtype=dtype and jnp.dtype(dtype),
             eos_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
+            valid_vocab=tokenizer.size,
         )
 
 

@@ -81,6 +81,7 @@ def save_hf(
     eos_ids: Sequence[int] = (),
     bos_id: int | None = None,
     pad_id: int | None = None,
+    valid_vocab: int | None = None,
     max_shard_bytes: int = 5_000_000_000,
     overwrite: bool = False,
     checksums: bool = True,
@@ -100,6 +101,8 @@ def save_hf(
         is stored as bf16 has its original bits.
       eos_ids, bos_id, pad_id: for config.json and generation_config.json, where they do not name
         such ids already.
+      valid_vocab: ids that the tokenizer knows. Where generation_config.json is made here it
+        suppresses the others, of rows that only fill up the embedding, as rollouts do.
       max_shard_bytes: size above which the weights go to several files with an index.
       overwrite: replace an existing folder, all of it.
       checksums: write SHA256SUMS, which `load_hf` and `sha256sum -c` compare with.
@@ -127,7 +130,8 @@ def save_hf(
         stored, sums = _write_weights(partial, model, params, dtype, max_shard_bytes, checksums)
         if processes.is_first():
             source = Path(config_folder) if config_folder else None
-            _write_configs(partial, model.config, source, special, stored)
+            beyond = list(range(valid_vocab or model.config.vocab_size, model.config.vocab_size))
+            _write_configs(partial, model.config, source, special, beyond, stored)
             for file in tokenizer:
                 shutil.copyfile(file, partial / file.name)
             if checksums:
@@ -170,11 +174,13 @@ def _write_configs(
     model: ModelConfig,
     source: Path | None,
     special: dict[str, Any],
+    beyond: list[int],
     stored: list[str],
 ) -> None:
     """config.json and generation_config.json.
 
     Args:
+      beyond: ids that are nothing.
       stored: names of the tensors' dtypes, that of most bytes first.
     """
     content = read_json(source / CONFIG) if source else model.to_hf()
@@ -192,7 +198,8 @@ def _write_configs(
     if kept:
         shutil.copyfile(kept, folder / GENERATION)
     else:
-        write_json(folder / GENERATION, special)
+        never = {"suppress_tokens": beyond} if beyond else {}
+        write_json(folder / GENERATION, special | never)
 
 
 def _write_weights(
