@@ -207,7 +207,7 @@ def test_told_to_stop_all_save_and_stop(cache, alone, tmp_path):
     summary = json.loads((workdir / "summary.json").read_text())
     assert not summary["finished"]
     assert (workdir / "checkpoints" / str(summary["steps"])).is_dir()
-    assert "run the same command again" in said[0]
+    assert "nothing is lost, the same command goes on" in said[0]
 
 
 def wait_for(path, started, lines):

@@ -102,7 +102,7 @@ def test_ctrl_c_is_answered_while_the_main_thread_computes():
         + """
     threading.Timer(0.5, lambda: print("ready", flush=True)).start()
     done = threading.Event()
-    threading.Timer(1.5, lambda: done.set() or print("computed", file=sys.stderr)).start()
+    threading.Timer(1.5, lambda: print("computed", file=sys.stderr) or done.set()).start()
     done.wait()
     print("saved", bool(stop), file=sys.stderr)
 """
