@@ -6,6 +6,7 @@ without the file is read as it is: who has changed weights on purpose deletes it
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
@@ -20,8 +21,6 @@ from kdrl_jax.types import UserError
 SUMS = "SHA256SUMS"
 THREADS = 8
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
-# What this process has read already, by file, size and time: a run opens its folders several times.
-_GOOD: set[tuple[str, int, int, str]] = set()
 
 
 class HashedFile:
@@ -42,7 +41,16 @@ class HashedFile:
 
 
 def digest_of(file: Path) -> str:
-    """The SHA-256 of a file's content, 64 hexadecimal digits."""
+    """The SHA-256 of a file's content, 64 hexadecimal digits.
+
+    A run opens its folders several times: a file that has not been touched since is not read again.
+    """
+    state = file.stat()
+    return _read_digest(file.resolve(), state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.cache
+def _read_digest(file: Path, *_: int) -> str:
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
@@ -114,14 +122,11 @@ def verify_files(folder: Path, names: Iterable[str]) -> None:
                 f"{file}: not listed in {SUMS}; if it belongs there, delete {SUMS} to read the "
                 "folder unchecked"
             )
-        state = file.stat()
-        key = (str(file.resolve()), state.st_size, state.st_mtime_ns, listed[name])
-        if key not in _GOOD and digest_of(file) != listed[name]:
+        if digest_of(file) != listed[name]:
             return (
                 f"{file}: is not the file that {SUMS} lists, {listed[name][:12]}…; copy it again, "
                 f"or delete {SUMS} if it was changed on purpose"
             )
-        _GOOD.add(key)
         return None
 
     mine = sorted(names)[processes.index() :: processes.count()]

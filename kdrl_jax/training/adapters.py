@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
-import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -209,18 +208,7 @@ def weights_digest(folder: Path, step: int | None) -> str:
         folder, listed = checkpoint, {}
     names = [str(file.relative_to(folder)) for file in files]
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
-        return digest(list(pool.map(lambda n: [n, listed.get(n) or _digest(folder / n)], names)))
-
-
-def _digest(file: Path) -> str:
-    """The SHA-256 of a file; one that has not been touched since is not read again."""
-    stat = file.stat()
-    return _read_digest(file.absolute(), stat.st_size, stat.st_mtime_ns, stat.st_ino)
-
-
-@functools.cache
-def _read_digest(file: Path, *_: int) -> str:
-    return digest_of(file)
+        return digest(list(pool.map(lambda n: [n, listed.get(n) or digest_of(folder / n)], names)))
 
 
 def frozen_dtypes(model: Decoder) -> Params:
