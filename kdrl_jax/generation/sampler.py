@@ -15,7 +15,7 @@ from jaxtyping import Float
 from kdrl_jax.data import Tokenizer, pad_prompts
 from kdrl_jax.generation.text_stream import TextStream
 from kdrl_jax.models import Decoder
-from kdrl_jax.rollout import Drawn, RolloutEngine, request_keys, sampling_params
+from kdrl_jax.rollout import DRAWING, Drawn, RolloutEngine, request_keys, sampling_params
 from kdrl_jax.sharding import put, put_batch, replicated
 from kdrl_jax.training.batch import rollout_rows
 from kdrl_jax.training.scoring import Scorer
@@ -140,8 +140,7 @@ class Sampler:
         sampling = sampling_params(
             shape,
             self.tokenizer.stop_ids,
-            **{k: getattr(s, k) for k in ("temperature", "top_p", "top_k", "min_p")},
-            max_new_tokens=s.max_new_tokens,
+            **{k: getattr(s, k) for k in DRAWING},
         )
         limits = np.broadcast_to(room[:, None], shape).astype(np.int32)
         sampling = dataclasses.replace(sampling, max_new_tokens=jnp.asarray(limits))
