@@ -135,8 +135,9 @@ def _policies(args: argparse.Namespace, wrong: Refusals) -> list[PolicyFolder]:
     found = []
     for option, folder in (("--model", args.model), ("--beside", args.beside)):
         if folder is not None:
-            found.append(wrong.attempt(find_policy, folder, option))
-    return [policy for policy in found if policy]
+            policy = wrong.attempt(find_policy, folder, option)
+            found += [policy] if policy else []
+    return found
 
 
 def _names(policies: Sequence[PolicyFolder]) -> list[str]:

@@ -28,7 +28,7 @@ class CompileNotice:
     def __init__(self, stream: TextIO | None = None):
         self._stream = stream or sys.stderr
         self._live = self._stream.isatty()
-        self._on = False
+        self._on, self._counter = False, CompileCounter()
 
     def __enter__(self) -> CompileNotice:
         COMPILING.begins = self._begun
