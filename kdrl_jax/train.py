@@ -34,6 +34,7 @@ from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.health import Health
+from kdrl_jax.training.host_memory import share_arenas
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
@@ -69,6 +70,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     Raises:
       UserError: before anything is allocated, with one line per problem.
     """
+    share_arenas()
     processes.start(flatten(config).get("process_timeout_s"))  # the values are checked by all
     with processes.together():
         sizes = validate(config)

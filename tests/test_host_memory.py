@@ -1,6 +1,8 @@
 """Memory that nothing needs: given back, and not kept by what saves."""
 
 import gc
+import os
+import subprocess
 import sys
 
 import jax.numpy as jnp
@@ -25,6 +27,40 @@ def test_freed_pieces_are_given_back():
     give_back()
     assert len(last) == 3000
     assert process.memory_info().rss < full - 200e6
+
+
+SHARED = """
+import ctypes, io, os, sys, threading
+from kdrl_jax.training.host_memory import share_arenas
+share_arenas()
+libc = ctypes.CDLL(None)
+go = threading.Barrier(33)
+
+def work():
+    held = [libc.malloc(5000) for _ in range(100)]
+    go.wait()
+    go.wait()
+
+threads = [threading.Thread(target=work) for _ in range(32)]
+[thread.start() for thread in threads]
+go.wait()
+libc.malloc_stats()
+go.wait()
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "arenas"), [({}, max(os.cpu_count() or 1, 2)), ({"MALLOC_ARENA_MAX": "3"}, 3)]
+)
+def test_threads_share_arenas(told, arenas):
+    if getattr(_trim(), "__name__", "") != "malloc_trim":
+        pytest.skip("not glibc")
+    env = {k: v for k, v in os.environ.items() if k not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARED], env=env | told, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("Arena ") == arenas
 
 
 def test_checkpoints_leave_no_objects_behind(tmp_path):
