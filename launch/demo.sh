@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo on a fresh machine: a virtual environment, the install, the run, the picture.
-# About 4 minutes on 2 CPU cores. Run it again to continue where it was stopped.
+# 4 to 7 minutes on 2 CPU cores. Run it again to continue where it was stopped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . launch/common.sh
