@@ -44,7 +44,7 @@ from kdrl_jax.models import Decoder, ModelConfig, load_config, load_hf
 from kdrl_jax.models.hf_files import open_hf
 from kdrl_jax.models.hf_table import piece_of, pieces, table_rows
 from kdrl_jax.sharding import AXES, make_mesh, param_shardings, path_name
-from kdrl_jax.training.checkpoints import abstract_params, restore_params
+from kdrl_jax.training.run_weights import abstract_params, restore_params
 
 GB = 1e9
 CASES = [

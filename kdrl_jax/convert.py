@@ -27,9 +27,9 @@ from kdrl_jax.models import Decoder, save_hf, save_peft
 from kdrl_jax.models.hf_files import open_hf
 from kdrl_jax.sharding import path_name
 from kdrl_jax.training.adapters import Base, open_weights, read_adapters, read_record
-from kdrl_jax.training.checkpoints import is_run, split_step
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.roles import keep_model, read_model_config
+from kdrl_jax.training.run_weights import is_run, split_step
 from kdrl_jax.training.streaming import counted, write_stored
 from kdrl_jax.types import UserError
 

@@ -19,15 +19,9 @@ from orbax.checkpoint._src.path import atomicity
 
 from kdrl_jax.models import Decoder, ModelConfig, hf_table, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings, path_name
-from kdrl_jax.training.checkpoints import (
-    DELETED,
-    CheckpointStore,
-    abstract_params,
-    find_params,
-    restore_params,
-    save_params,
-)
+from kdrl_jax.training.checkpoints import DELETED, CheckpointStore
 from kdrl_jax.training.integrity import seal
+from kdrl_jax.training.run_weights import abstract_params, find_params, restore_params, save_params
 from kdrl_jax.training.state import init_state
 from kdrl_jax.types import TrainState, UserError
 
@@ -242,11 +236,16 @@ def test_a_checkpoint_from_before_checksums_is_read_with_a_warning(state, tmp_pa
     assert said == [f"{folder / '6'}: was written without checksums, so damage to it may go unseen"]
 
 
-def test_weights_alone_are_compared_too_unless_they_are_cast(state, tmp_path):
+def test_weights_alone_are_compared_too_and_before_they_are_cast(state, tmp_path):
     save_params(tmp_path / "warm", state.params)
     like = abstract(state).params
     back = restore_params(tmp_path / "warm", like)
     jax.tree.map(np.testing.assert_array_equal, back, state.params)
+    cast = jax.tree.map(lambda x: x.update(dtype=jnp.float16), like)
+    back = restore_params(tmp_path / "warm", cast)
+    for found, x, asked in zip(*map(jax.tree.leaves, (back, state.params, cast)), strict=True):
+        assert (found.dtype, found.sharding) == (jnp.float16, asked.sharding)
+        np.testing.assert_array_equal(found, x.astype(jnp.float16))
     where = tmp_path / "warm" / "checkpoints" / "0"
     meta = json.loads((where / "meta" / "metadata").read_text())
     meta["checksums"]["params/scale"][2] = "00000000"
@@ -254,8 +253,8 @@ def test_weights_alone_are_compared_too_unless_they_are_cast(state, tmp_path):
     (where / "meta" / "metadata").write_text(json.dumps(seal(meta)))
     with pytest.raises(UserError, match="the checksum of params/scale differs"):
         restore_params(tmp_path / "warm", like)
-    cast = jax.tree.map(lambda x: x.update(dtype=jnp.float16), like)
-    assert restore_params(tmp_path / "warm", cast)["scale"].dtype == jnp.float16
+    with pytest.raises(UserError, match="the checksum of params/scale differs"):
+        restore_params(tmp_path / "warm", cast)
     (where / "meta" / "metadata").write_text("{")
     with pytest.raises(UserError, match="damaged or half written"):
         restore_params(tmp_path / "warm", like)

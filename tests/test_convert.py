@@ -22,10 +22,11 @@ from kdrl_jax import convert
 from kdrl_jax.cli import run_entry
 from kdrl_jax.config import read_config
 from kdrl_jax.models import Decoder, hf_table, load_config, load_hf
-from kdrl_jax.sharding import make_mesh, param_shardings
-from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.sharding import make_mesh, param_shardings, path_name
 from kdrl_jax.training.roles import check_weights
+from kdrl_jax.training.run_weights import abstract_params, restore_params, save_params
 from kdrl_jax.training.streaming import OrbaxArray
+from kdrl_jax.types import UserError
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 QWEN25 = cases.CASES["qwen2"] | {"num_key_value_heads": 1, "rms_norm_eps": 1e-5}
@@ -287,6 +288,30 @@ def test_a_damaged_run(run, damage, said, tmp_path, capsys):
         assert line.removeprefix("error: ") in check_weights(bad, model)
 
 
+@pytest.mark.parametrize("piece", [20_000, 2**30])
+def test_weights_that_are_not_what_was_saved(run, piece, tmp_path, capsys, monkeypatch):
+    """One number differs, in files that can be read: as Orbax alone would take them."""
+    monkeypatch.setattr(hf_table, "PIECE_BYTES", piece)
+    good, other = tmp_path / "good", tmp_path / "other"
+    params = restore_params(run, like(run / "model", "bfloat16"))
+    name = "layers/mlp/down_proj/kernel"
+    changed = jax.tree_util.tree_map_with_path(
+        lambda path, x: x.at[1, 5, 3].add(0.5) if path_name(path) == name else x, params
+    )
+    for folder, content in ((good, params), (other, changed)):
+        shutil.copytree(run / "model", folder / "model")
+        save_params(folder, content)
+    convert.main(["--to=hf", str(good), str(tmp_path / "out")])
+    shutil.rmtree(good / "checkpoints/0/params")
+    shutil.copytree(other / "checkpoints/0/params", good / "checkpoints/0/params")
+    line = refused(capsys, "--to=hf", good, tmp_path / "out2")
+    assert f"the checksum of params/{name} differs from what was saved" in line
+    assert not (tmp_path / "out2").exists()
+    for dtype in ("bfloat16", "float32"):
+        with pytest.raises(UserError, match=f"the checksum of params/{name} differs"):
+            restore_params(good, like(run / "model", dtype))
+
+
 def test_a_run_that_is_not_there(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert "no such folder; give a run's folder" in refused(
@@ -330,7 +355,6 @@ def test_bad_weights_of_student_and_teacher_are_refused_together(run, tmp_path):
     from kdrl_jax.training.meshes import make_meshes
     from kdrl_jax.training.roles import check_roles
     from kdrl_jax.training.validation import validate
-    from kdrl_jax.types import UserError
 
     student, teacher = tmp_path / "student", tmp_path / "teacher"
     shutil.copytree(run, student)

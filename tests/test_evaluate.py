@@ -26,10 +26,10 @@ from kdrl_jax.models import Decoder, ModelConfig, save_hf
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, request_keys
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.training.checkpoints import save_params
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import evaluate as evaluate_held_out
 from kdrl_jax.training.roles import write_model_files
+from kdrl_jax.training.run_weights import save_params
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Problem, Rollouts, UserError
 
 DATA = ROOT.parent / "shared" / "data"

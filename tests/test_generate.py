@@ -34,8 +34,8 @@ from kdrl_jax.generation.screen import Screen
 from kdrl_jax.generation.show import Columns, CompileNotice
 from kdrl_jax.generation.text_stream import CONTEXT, PARTIAL, TextStream
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.training.checkpoints import save_params
 from kdrl_jax.training.roles import write_model_files
+from kdrl_jax.training.run_weights import save_params
 from kdrl_jax.types import FINISH_LENGTH, Problem
 
 ROOT = Path(__file__).resolve().parent.parent

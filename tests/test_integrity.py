@@ -37,6 +37,17 @@ def test_the_number_is_the_sum_written_out(dtype, rng):
     assert checksums({"a": {"b": x}}) == {"a/b": [[3, 5, 7], dtype, by_hand(np.asarray(x))]}
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.int8])
+def test_the_numbers_of_blocks_add_up(dtype, rng):
+    x = np.asarray(jnp.asarray(100 * rng.normal(size=(5, 6, 7))).astype(dtype))
+    total = sum(
+        integrity.number_of_block(x[a:b, c:d], (a, c, 0), x.shape)
+        for a, b in ((0, 2), (2, 5))
+        for c, d in ((0, 1), (1, 6))
+    )
+    assert total % 2**32 == integrity._number_of(jnp.asarray(x))
+
+
 def test_every_single_bit_counts(rng):
     x = rng.normal(size=(4, 3)).astype(np.float32)
     whole = checksums({"x": jnp.asarray(x)})

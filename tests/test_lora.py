@@ -56,12 +56,12 @@ from kdrl_jax.training.adapters import (
     write_record,
 )
 from kdrl_jax.training.batch import rollout_rows
-from kdrl_jax.training.checkpoints import find_params
 from kdrl_jax.training.integrity import CHECKSUMS, read_meta
 from kdrl_jax.training.memory import Levers, Planner
 from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.metrics import read_metrics
 from kdrl_jax.training.roles import check_shapes, check_weights, decoder_of
+from kdrl_jax.training.run_weights import find_params
 from kdrl_jax.training.sft import supervised_batch
 from kdrl_jax.training.state import abstract_state, init_state, make_optimizer, make_schedule
 from kdrl_jax.training.step import make_hyper, make_update

@@ -28,7 +28,7 @@ import numpy as np
 from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import hf_table, load_hf, save_hf
 from kdrl_jax.sharding import make_mesh, param_shardings
-from kdrl_jax.training.checkpoints import abstract_params, restore_params, save_params
+from kdrl_jax.training.run_weights import abstract_params, restore_params, save_params
 from kdrl_jax.training.roles import keep_model
 
 hf_table.PIECE_BYTES = piece

@@ -27,9 +27,9 @@ from kdrl_jax.cli import run_entry
 from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import load_config, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings
-from kdrl_jax.training.checkpoints import abstract_params, restore_params
 from kdrl_jax.training.learner import Learner
 from kdrl_jax.training.metrics import CLOCKED, MetricsWriter, read_metrics, sparkline
+from kdrl_jax.training.run_weights import abstract_params, restore_params
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -21,9 +21,10 @@ from kdrl_jax.training.adapters import (
     read_record,
     restore_adapters,
 )
-from kdrl_jax.training.checkpoints import split_step, stored_steps
+from kdrl_jax.training.checkpoints import stored_steps
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.roles import model_folder, read_model_config
+from kdrl_jax.training.run_weights import split_step
 from kdrl_jax.types import Params, UserError
 
 

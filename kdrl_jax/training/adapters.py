@@ -35,14 +35,9 @@ from kdrl_jax.models.lora import (
     split,
 )
 from kdrl_jax.sharding import param_shardings, path_name
-from kdrl_jax.training.checkpoints import (
-    abstract_params,
-    find_params,
-    is_run,
-    restore_params,
-    stored_steps,
-)
+from kdrl_jax.training.checkpoints import stored_steps
 from kdrl_jax.training.integrity import CHECKSUMS, Damaged, read_meta
+from kdrl_jax.training.run_weights import abstract_params, find_params, is_run, restore_params
 from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.types import Params, UserError
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -152,17 +153,44 @@ def _number(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)
     # 64 bits become two numbers along a new last axis.
-    word = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    x = jax.lax.bitcast_convert_type(x, word)
+    x = jax.lax.bitcast_convert_type(x, WORDS.get(x.dtype.itemsize, jnp.uint32))
     place = jnp.zeros(x.shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(x.ndim)):
-        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
+        place += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * np.uint32(stride % 2**32)
         stride *= x.shape[axis]
-    # Neighbours get unlike factors, so that what moves by a few places is seen as well.
+    return jnp.sum(x.astype(jnp.uint32) * _factors(place), dtype=jnp.uint32)
+
+
+def number_of_block(block: np.ndarray, starts: Sequence[int], shape: Sequence[int]) -> int:
+    """What a block adds, mod 2³², to the number of the whole array in `checksums`.
+
+    Args:
+      block: of 8, 16 or 32 bits an element.
+      starts: where it begins in the array, along each axis.
+      shape: of the array.
+    """
+    words = np.ascontiguousarray(block).view(WORDS.get(block.dtype.itemsize, np.uint32))
+    place = np.zeros(block.shape, np.uint32)
+    stride = 1
+    for axis in reversed(range(block.ndim)):
+        along = np.arange(starts[axis], starts[axis] + block.shape[axis]) * stride % 2**32
+        place += np.expand_dims(
+            along.astype(np.uint32), [i for i in range(block.ndim) if i != axis]
+        )
+        stride *= shape[axis]
+    return int(np.sum(words * _factors(place), dtype=np.uint32))
+
+
+WORDS = {1: np.uint8, 2: np.uint16}
+"""What elements of so many bytes are read as; others as words of 32 bits."""
+
+
+def _factors(place: Any) -> Any:
+    """Odd, and of neighbours unlike, so that what moves by a few places is seen as well."""
     place ^= place >> 16
-    place *= jnp.uint32(0x7FEB352D)
+    place *= np.uint32(0x7FEB352D)
     place ^= place >> 15
-    place *= jnp.uint32(0x846CA68B)
+    place *= np.uint32(0x846CA68B)
     place ^= place >> 16
-    return jnp.sum(x.astype(jnp.uint32) * (2 * place + 1), dtype=jnp.uint32)
+    return 2 * place + 1

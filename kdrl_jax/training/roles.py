@@ -28,9 +28,9 @@ from kdrl_jax.models.lora import LoRA
 from kdrl_jax.sharding import batch_parts, nearest_divisor, param_shardings
 from kdrl_jax.tasks.registry import get_task, task_problems
 from kdrl_jax.training.adapters import check_run, load_weights, rank_problems
-from kdrl_jax.training.checkpoints import abstract_params, is_run, restore_params, save_params
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.meshes import Meshes
+from kdrl_jax.training.run_weights import abstract_params, is_run, restore_params, save_params
 from kdrl_jax.training.sft import Example, train_supervised
 from kdrl_jax.training.state import init_params
 from kdrl_jax.training.storage import sweep_partial, write_atomic

@@ -20,6 +20,8 @@ import tensorstore as ts
 from kdrl_jax import processes
 from kdrl_jax.models.hf_save import Stored
 from kdrl_jax.models.hf_table import piece_of, pieces
+from kdrl_jax.sharding import path_name
+from kdrl_jax.training.integrity import CHECKSUMS, Damaged, number_of_block, read_meta
 from kdrl_jax.types import Params, UserError
 
 handlers = ocp.type_handlers
@@ -27,13 +29,24 @@ STORED_TYPES = ((jax.Array, "jax.Array"), (np.ndarray, "np.ndarray"))
 
 
 class OrbaxArray:
-    """A parameter of an Orbax checkpoint: opened, and read block by block."""
+    """A parameter of an Orbax checkpoint: opened, and read block by block.
+
+    Once all of it has been read it is compared with the checksum it was saved with.
+    """
 
     def __init__(self, store: ts.TensorStore, checkpoint: Path):
         """Args: the array's own store, and the folder that errors name."""
         self._store, self._checkpoint = store, checkpoint
         self.shape = tuple(store.shape)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
+        self._saved: tuple[str, Sequence[Any]] | None = None
+        self._read: set[Block] = set()
+        self._number = 0
+
+    def expect(self, name: str, saved: Sequence[Any]) -> None:
+        """Take the checksum that was saved of the array, see `integrity.checksums`."""
+        if list(saved[:2]) == [list(self.shape), str(self.dtype)] and self.dtype.itemsize <= 4:
+            self._saved = name, saved
 
     @property
     def piece(self) -> int:
@@ -45,12 +58,37 @@ class OrbaxArray:
         """The block `index`.
 
         Raises:
-          UserError: the files cannot be read.
+          UserError: the files cannot be read, or the array is not what was saved.
         """
         try:
-            return self._store[tuple(index)].read().result()
-        except ValueError as error:
+            found = self._store[tuple(index)].read().result()
+            self._compare(index, found)
+        except (ValueError, Damaged) as error:
             raise UserError(damaged(self._checkpoint, error)) from error
+        return found
+
+    def _compare(self, index: Sequence[slice], found: np.ndarray) -> None:
+        ends = zip(index, self.shape, strict=True)
+        block = tuple(part.indices(size)[:2] for part, size in ends)
+        if self._saved is None or block in self._read:
+            return
+        if any(_overlap(block, other) for other in self._read):
+            self._saved = None  # nobody reads so; the number would be another
+            return
+        self._read.add(block)
+        name, (*_, saved) = self._saved
+        self._number += number_of_block(found, [start for start, _ in block], self.shape)
+        read = sum(math.prod(end - start for start, end in block) for block in self._read)
+        if read == math.prod(self.shape) and f"{self._number % 2**32:08x}" != saved:
+            raise Damaged(f"the checksum of {name} differs from what was saved")
+
+
+Block = tuple[tuple[int, int], ...]
+"""Where a block begins and ends, along each axis."""
+
+
+def _overlap(one: Block, other: Block) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 class Counted:
@@ -86,7 +124,7 @@ def counted(params: Params, progress: Callable[[int, int], Any]) -> Params:
     return jax.tree.map(lambda stored: Counted(stored, read), params)
 
 
-class _StoredHandler(handlers.TypeHandler):
+class _StoredHandler(ocp.type_handlers.TypeHandler):
     """Saves `Stored` leaves in pieces, and opens a checkpoint's leaves as OrbaxArrays."""
 
     def __init__(self, name: str):
@@ -148,12 +186,21 @@ def write_stored(folder: Path, params: Params) -> None:
 
 
 def open_stored(folder: Path, step: int) -> Params:
-    """The weights of a run's checkpoint as OrbaxArrays, in the tree in which they were saved."""
+    """The weights of a run's checkpoint as OrbaxArrays, in the tree in which they were saved.
+
+    Raises:
+      Damaged: the checkpoint's meta is not what was saved.
+    """
+    meta = read_meta(folder / "checkpoints" / str(step)) or {}
     # A stored array's type is looked up by the name it was saved under.
     kinds = [(kind, _StoredHandler(name)) for kind, name in STORED_TYPES]
     with _manager(folder, *kinds) as manager:
         args = ocp.args.Composite(params=ocp.args.PyTreeRestore())
-        return manager.restore(step, args=args).params
+        found = manager.restore(step, args=args).params
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": found}):
+        if saved := meta.get(CHECKSUMS, {}).get(path_name(path)):
+            leaf.expect(path_name(path), saved)
+    return found
 
 
 def damaged(checkpoint: Path, error: Exception) -> str:
