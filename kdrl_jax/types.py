@@ -68,7 +68,7 @@ class Prompts(NamedTuple):
     """Tokenised prompts of one step, left-padded to a bucket (host arrays)."""
 
     tokens: Int[Any, "P S"]
-    lengths: Int[Any, "P"]
+    lengths: Int[Any, " P"]
 
 
 class KVCache(NamedTuple):
@@ -96,7 +96,7 @@ class Rollouts:
     """
 
     prompt_tokens: Int[Any, "P S"]
-    prompt_lengths: Int[Any, "P"]
+    prompt_lengths: Int[Any, " P"]
     tokens: Int[Any, "P G T"]
     log_probs: Float[Any, "P G T"]
     lengths: Int[Any, "P G"]
@@ -176,5 +176,5 @@ class SamplingParams:
     min_p: Float[Array, ""]
     """0 keeps everything; otherwise tokens less likely than min_p times the likeliest go."""
     max_new_tokens: Int[Array, "P G"]
-    stop_ids: Int[Array, "stops"]
+    stop_ids: Int[Array, " stops"]
     """Token ids that end a completion; pad with -1."""

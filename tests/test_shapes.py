@@ -75,7 +75,7 @@ def test_hints_without_arrays_are_left_to_mypy():
     assert repr(loosened(Array | Float[Array, "B"])) == "typing.Any"  # any array will do
     found = loosened(Float[Array, "B"] | None)
     assert Unshaped in found.__args__
-    assert len(loosened(tuple[Int[Array, "B"], int]).__args__) == 2
+    assert len(loosened(tuple[Int[Array, " B"], int]).__args__) == 2
 
 
 def test_what_has_no_shape_passes():

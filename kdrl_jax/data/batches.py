@@ -47,7 +47,7 @@ class PromptBatches:
             .map(lambda batch: batch[index * part : (index + 1) * part].astype(np.int64))
         )
 
-    def __getitem__(self, position: int) -> Int[np.ndarray, "P"]:
+    def __getitem__(self, position: int) -> Int[np.ndarray, " P"]:
         """Indices [per_step / count] into the problems, int64."""
         if position < 0:
             raise IndexError(f"position must not be negative: {position}")

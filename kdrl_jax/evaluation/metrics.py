@@ -16,12 +16,12 @@ from kdrl_jax.rewards.math_answer import clean, quick_verdict
 _DRAWN_AT_ONCE = 2**22
 
 
-def avg_at_k(rewards: Float[np.ndarray, "P n"]) -> Float[np.ndarray, "P"]:
+def avg_at_k(rewards: Float[np.ndarray, "P n"]) -> Float[np.ndarray, " P"]:
     """Avg@k: the mean reward of a problem's k = n samples. k = 1 is pass@1 from one sample."""
     return np.asarray(rewards, np.float64).mean(axis=1)
 
 
-def pass_at_k(rewards: Float[np.ndarray, "P n"], k: int) -> Float[np.ndarray, "P"]:
+def pass_at_k(rewards: Float[np.ndarray, "P n"], k: int) -> Float[np.ndarray, " P"]:
     """pass@k, unbiased: 1 − C(n−c, k)/C(n, k), where c of the n samples are right.
 
     As the product 1 − Π_{i=n−c+1..n} (1 − k/i), which needs no large binomials (Chen et al.,
@@ -44,7 +44,7 @@ def pass_at_k(rewards: Float[np.ndarray, "P n"], k: int) -> Float[np.ndarray, "P
 
 def maj_at_k(
     answers: Sequence[Sequence[str | None]], rewards: Float[np.ndarray, "P n"]
-) -> Float[np.ndarray, "P"]:
+) -> Float[np.ndarray, " P"]:
     """maj@k: whether the answer most samples agree on is right (self-consistency, 2203.11171).
 
     Votes are for groups of equivalent answers: `math_answer.quick_verdict` says that they are the
@@ -60,7 +60,7 @@ def maj_at_k(
     return np.array([_majority(a, r) for a, r in zip(answers, rewards, strict=True)], np.float64)
 
 
-def _majority(answers: Sequence[str | None], rewards: Float[np.ndarray, "n"]) -> float:
+def _majority(answers: Sequence[str | None], rewards: Float[np.ndarray, " n"]) -> float:
     groups: dict[str, list[float]] = {}  # in the order of first votes
     for answer, reward in zip(answers, rewards, strict=True):
         if text := clean(answer or ""):
@@ -82,7 +82,7 @@ def repetition_rate(cut: Bool[np.ndarray, "..."], repeats: Bool[np.ndarray, "...
 
 
 def bootstrap_interval(
-    values: Float[np.ndarray, "P"], *, seed: int = 0, level: float = 0.95, resamples: int = 10_000
+    values: Float[np.ndarray, " P"], *, seed: int = 0, level: float = 0.95, resamples: int = 10_000
 ) -> tuple[float, float]:
     """Percentile bootstrap interval of the mean over problems (Efron 1979).
 

@@ -126,7 +126,7 @@ def _in_context(
 def _query_blocks(
     q: Float[Array, "R Q N H"],
     query_segments: Int[Array, "R Q"],
-    columns: Int[Array, "Q"],
+    columns: Int[Array, " Q"],
     k: Float[Array, "R L K H"],
     v: Float[Array, "R L K H"],
     segment_ids: Int[Array, "R L"],
@@ -288,7 +288,7 @@ def _attend_block(
     v: Float[Array, "R L K H"],
     query_segments: Int[Array, "R Q"],
     key_segments: Int[Array, "R L"],
-    query_index: Int[Array, "Q"],
+    query_index: Int[Array, " Q"],
 ) -> Float[Array, "R Q N H"]:
     """`attend` for the queries at `query_index` of each row, in plain JAX."""
     rows, count, _, width = q.shape
@@ -314,7 +314,7 @@ def _attend_block(
 def attend_cached(
     q: Float[Array, "B K M H"],
     cache: KVCache,
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     recent: KVCache,
     count: Int[Array, ""] | int,
 ) -> Float[Array, "B K M H"]:

@@ -29,7 +29,7 @@ def context_length(length: int) -> int:
     return length if parts == 1 else length + -length % share
 
 
-def context_order(length: int, parts: int) -> Int[np.ndarray, "L"]:
+def context_order(length: int, parts: int) -> Int[np.ndarray, " L"]:
     """Which column of a row comes where: each of `parts` devices has L / parts in a row."""
     halves = np.arange(length).reshape(2 * parts, -1)
     return np.stack([halves[:parts], halves[: -parts - 1 : -1]], 1).ravel()

@@ -37,14 +37,14 @@ class LowRank(NamedTuple):
 class DecodeLayer(NamedTuple):
     """A layer's weights as `decode_layer` reads them. M = N / K query heads share a key head."""
 
-    input_norm: Float[Array, "D"]
+    input_norm: Float[Array, " D"]
     qkv: Float[Array, "D K*(M+2)*H"]
     """For each key head its queries, the key and the value."""
     qkv_bias: Float[Array, "K M+2 H"] | None
     qk_norm: Float[Array, "M+1 H"] | None
     """Scales of the norms of queries and key."""
     out: Float[Array, "NH D"]
-    post_norm: Float[Array, "D"]
+    post_norm: Float[Array, " D"]
     gate_up: Float[Array, "D 2*F"]
     """For each device that has a share of them its gates, then its ups."""
     down: Float[Array, "F D"]
@@ -59,7 +59,7 @@ class DecodeWeights(NamedTuple):
 
     embedding: Float[Array, "V D"]
     layers: list[DecodeLayer]
-    final_norm: Float[Array, "D"]
+    final_norm: Float[Array, " D"]
     head: Float[Array, "V D"] | None
     """None: the embedding."""
 
@@ -156,7 +156,7 @@ def decode_layer(
     x: Float[Array, "B D"],
     rope: tuple[Float[Array, "B 1 1 half"], Float[Array, "B 1 1 half"]],
     cache: KVCache,
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
     recent: KVCache,
     index: Int[Array, ""] | int,
 ) -> tuple[Float[Array, "B D"], KVCache]:

@@ -40,7 +40,7 @@ def splash(
     return run_splash(kernel, q, k, v, segments, segments)[:, :length]
 
 
-def splash_kernel(columns: Int[np.ndarray, "Q"], heads: int, block: int, context: int = 1) -> Any:
+def splash_kernel(columns: Int[np.ndarray, " Q"], heads: int, block: int, context: int = 1) -> Any:
     """The kernel for queries at `columns` of a row, which see the keys up to their own.
 
     Args:
@@ -148,7 +148,7 @@ def cudnn_masked(
     v: Float[Array, "R L K H"],
     query_segments: Int[Array, "R Q"],
     key_segments: Int[Array, "R L"],
-    query_index: Int[Array, "Q"],
+    query_index: Int[Array, " Q"],
 ) -> Float[Array, "R Q N H"]:
     """`attend` for the queries at `query_index` of each row, by cuDNN with a mask.
 
@@ -174,7 +174,7 @@ def _cudnn(q: Array, k: Array, v: Array, **masks: Any) -> Array:
     return jax.nn.dot_product_attention(q, k, v, implementation="cudnn", **masks)
 
 
-def _extent(segment_ids: Int[Array, "R L"]) -> tuple[Int[Array, "R"], Int[Array, "R"]]:
+def _extent(segment_ids: Int[Array, "R L"]) -> tuple[Int[Array, " R"], Int[Array, " R"]]:
     """The first column of each row that is no padding, and how many there are."""
     real = segment_ids != 0
     return jnp.argmax(real, axis=-1).astype(jnp.int32), real.sum(-1, dtype=jnp.int32)

@@ -262,7 +262,7 @@ class Decoder:
         h = c.head_dim
         return [KVCache(k=zeros(h, window), v=zeros(window, h)) for _ in range(c.num_layers)]
 
-    def angles(self, lengths: Int[Array, "B"], steps: int) -> tuple[Array, Array]:
+    def angles(self, lengths: Int[Array, " B"], steps: int) -> tuple[Array, Array]:
         """What `decode` rotates the next `steps` tokens of every row by, `[steps, B, 1, 1, H/2]`.
 
         Apart from `decode`, since a CPU's compiler would compute it again in every layer.
@@ -272,10 +272,10 @@ class Decoder:
     def decode(
         self,
         weights: DecodeWeights,
-        tokens: Int[Array, "B"],
+        tokens: Int[Array, " B"],
         rope: tuple[Array, Array],
         cache: list[KVCache],
-        lengths: Int[Array, "B"],
+        lengths: Int[Array, " B"],
         recent: list[KVCache],
         index: Int[Array, ""] | int,
     ) -> tuple[Float[Array, "B V"], list[KVCache]]:

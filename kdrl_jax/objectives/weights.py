@@ -25,7 +25,7 @@ _MaxLength = int | Float[Array, ""] | None
 
 def token_weights(
     completion_mask: Shaped[Array, "B T"],
-    group_ids: Int[Array, "B"],
+    group_ids: Int[Array, " B"],
     mode: str = "group-token-mean",
     *,
     max_length: _MaxLength = None,
@@ -64,8 +64,8 @@ def token_weights(
 
 def kd_weights(
     weights: Float[Array, "B T"],
-    rewards: Shaped[Array, "B"],
-    group_ids: Int[Array, "B"],
+    rewards: Shaped[Array, " B"],
+    group_ids: Int[Array, " B"],
     mask: str = "none",
 ) -> Float[Array, "B T"]:
     """Weights of the distillation term: reward-guided masking, arXiv 2506.02208 section 3.4.
@@ -102,7 +102,7 @@ def kd_weights(
     return jnp.where(kept[:, None], weights, 0)
 
 
-def _same_group(group_ids: Int[Array, "B"]) -> Bool[Array, "B B"]:
+def _same_group(group_ids: Int[Array, " B"]) -> Bool[Array, "B B"]:
     return group_ids[:, None] == group_ids[None, :]
 
 
@@ -112,7 +112,7 @@ def _inverse(count: Array) -> Float[Array, "..."]:
 
 
 def _group_token_mean(
-    lengths: Int[Array, "B"], group_ids: Int[Array, "B"], max_length: _MaxLength
+    lengths: Int[Array, " B"], group_ids: Int[Array, " B"], max_length: _MaxLength
 ) -> _Rows:
     same = _same_group(group_ids)
     group_tokens = jnp.where(same, lengths[None, :], 0).sum(axis=1)
@@ -123,19 +123,19 @@ def _group_token_mean(
 
 
 def _token_mean(
-    lengths: Int[Array, "B"], group_ids: Int[Array, "B"], max_length: _MaxLength
+    lengths: Int[Array, " B"], group_ids: Int[Array, " B"], max_length: _MaxLength
 ) -> _Rows:
     return jnp.broadcast_to(_inverse(lengths.sum()), lengths.shape)
 
 
 def _seq_mean_token_mean(
-    lengths: Int[Array, "B"], group_ids: Int[Array, "B"], max_length: _MaxLength
+    lengths: Int[Array, " B"], group_ids: Int[Array, " B"], max_length: _MaxLength
 ) -> _Rows:
     return _inverse(lengths) * _inverse((lengths > 0).sum())
 
 
 def _seq_mean_token_sum_norm(
-    lengths: Int[Array, "B"], group_ids: Int[Array, "B"], max_length: _MaxLength
+    lengths: Int[Array, " B"], group_ids: Int[Array, " B"], max_length: _MaxLength
 ) -> _Rows:
     if max_length is None:
         raise ValueError("max_length: missing; seq-mean-token-sum-norm divides by it")

@@ -68,7 +68,7 @@ class OwnReward(NamedTuple):
 
     values: Float[np.ndarray, "P G"]
     """Float32, before its weight; NaN where it has no opinion or failed."""
-    failed: Float[np.ndarray, "P"]
+    failed: Float[np.ndarray, " P"]
     """1 where the call failed, else 0."""
 
 

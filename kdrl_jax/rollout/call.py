@@ -45,9 +45,9 @@ class Drawn(NamedTuple):
 
     number: int
     """p·G + g."""
-    tokens: Int[np.ndarray, "n"]
+    tokens: Int[np.ndarray, " n"]
     """With the end token, if that was drawn."""
-    log_probs: Float[np.ndarray, "n"]
+    log_probs: Float[np.ndarray, " n"]
     """See `Rollouts`."""
     finish_reason: int
     """UNFINISHED while it goes on."""
@@ -58,12 +58,12 @@ class Finished(NamedTuple):
 
     number: int
     """p·G + g."""
-    tokens: Int[np.ndarray, "n"]
+    tokens: Int[np.ndarray, " n"]
     """Without the end token."""
 
 
 def finished_requests(
-    rollouts: Rollouts, numbers: Int[np.ndarray, "n"] | None = None
+    rollouts: Rollouts, numbers: Int[np.ndarray, " n"] | None = None
 ) -> list[Finished]:
     """Those of host rollouts that have ended, or the ones of `numbers`."""
     ends, lengths = rollouts.finish_reason.reshape(-1), rollouts.lengths.reshape(-1)
@@ -91,7 +91,7 @@ def as_rollouts(
     )
 
 
-def tokens_seen(prompts: Int[np.ndarray, "n"], lengths: Int[np.ndarray, "n"]) -> int:
+def tokens_seen(prompts: Int[np.ndarray, " n"], lengths: Int[np.ndarray, " n"]) -> int:
     """What all tokens of completions looked at: `DecodeStats.context`; both in tokens, int64.
 
     The first one is drawn with the whole prompt in sight, each later one with one more.

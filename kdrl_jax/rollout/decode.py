@@ -22,17 +22,17 @@ from kdrl_jax.types import COLUMNS, KVCache, Params, SamplingParams
 class Requests(NamedTuple):
     """What a slot must know of its request."""
 
-    lengths: Int[Any, "B"]
+    lengths: Int[Any, " B"]
     """Tokens in the cache: all but the newest."""
-    newest: Int[Any, "B"]
+    newest: Int[Any, " B"]
     """The token to feed next; at first the prompt's last."""
-    drawn: Int[Any, "B"]
+    drawn: Int[Any, " B"]
     """Tokens of the completion so far: the next one is drawn with fold_in(key, drawn)."""
-    limits: Int[Any, "B"]
+    limits: Int[Any, " B"]
     """Tokens that the completion may have."""
     keys: Int[Any, "B 2"]
     """Key data."""
-    running: Bool[Any, "B"]
+    running: Bool[Any, " B"]
 
 
 class Slots(NamedTuple):
@@ -47,10 +47,10 @@ class Chunk(NamedTuple):
 
     tokens: Int[Array, "B C"]
     log_probs: Float[Array, "B C"]
-    counts: Int[Array, "B"]
+    counts: Int[Array, " B"]
     """How many of them are real."""
-    running: Bool[Array, "B"]
-    ended: Bool[Array, "B"]
+    running: Bool[Array, " B"]
+    ended: Bool[Array, " B"]
     """Whether the last one is an end token."""
 
 
@@ -72,8 +72,8 @@ def empty_slots(model: Any, count: int, window: int) -> Slots:
 def admit(
     slots: Slots,
     prompts: KVCache,
-    rows: Int[Array, "A"],
-    where: Int[Array, "A"],
+    rows: Int[Array, " A"],
+    where: Int[Array, " A"],
     requests: Requests,
 ) -> Slots:
     """Put A requests into slots `where`, with the prompts' cache at `rows` for a beginning.
@@ -130,8 +130,8 @@ def fit(slots: Slots, rows: Int[Array, "Z n"], *, window: int) -> Slots:
 
 class _Loop(NamedTuple):
     step: Int[Array, ""]
-    newest: Int[Array, "B"]
-    running: Bool[Array, "B"]
+    newest: Int[Array, " B"]
+    running: Bool[Array, " B"]
     recent: list[KVCache]
     out: Chunk
 
@@ -220,7 +220,7 @@ def _put(record: Array, column: Array, index: Array) -> Array:
     return jax.lax.dynamic_update_slice_in_dim(record, column[:, None], index, axis=1)
 
 
-def join_recent(cache: KVCache, recent: KVCache, lengths: Int[Array, "B"]) -> KVCache:
+def join_recent(cache: KVCache, recent: KVCache, lengths: Int[Array, " B"]) -> KVCache:
     """Write the columns of `recent` behind the `lengths` columns of each row of `cache`.
 
     Columns that were not drawn are written too: they lie beyond the new length.

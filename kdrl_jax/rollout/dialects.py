@@ -58,9 +58,9 @@ class Request(NamedTuple):
 class Completion(NamedTuple):
     """What was drawn."""
 
-    tokens: Int[np.ndarray, "n"]
+    tokens: Int[np.ndarray, " n"]
     """The end token included, if there is one."""
-    log_probs: Float[np.ndarray, "n"]
+    log_probs: Float[np.ndarray, " n"]
     ended: bool
     """By an end token."""
 

@@ -40,7 +40,7 @@ def sampling_params(
 def request_keys(
     seed: int,
     step: int | Sequence[int],
-    problems: Sequence[int] | Int[np.ndarray, "P"],
+    problems: Sequence[int] | Int[np.ndarray, " P"],
     group_size: int,
 ) -> Key[Array, "P G"]:
     """A key for each request, `[P, G]`, from (seed, step, problem, sample) alone.

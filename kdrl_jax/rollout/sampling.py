@@ -21,7 +21,7 @@ BLOCK = 512
 
 
 def uniforms(
-    keys: Key[Array, "B"], drawn: Int[Array, "B"], steps: int
+    keys: Key[Array, " B"], drawn: Int[Array, " B"], steps: int
 ) -> Float[Array, "steps B 2"]:
     """What `sample` needs for the next `steps` draws of requests that have had `drawn`.
 
@@ -41,7 +41,7 @@ def sample(
     sampling: SamplingParams,
     *,
     valid_vocab: int,
-) -> tuple[Int[Array, "B"], Float[Array, "B"]]:
+) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
     """One token per request, and its log-prob under softmax(logits/τ) before any truncation.
 
     top-k keeps the k likeliest tokens; top-p the fewest likeliest ones of those that hold top_p of
@@ -150,7 +150,7 @@ def _blocks(x: Float[Array, "V B"]) -> Float[Array, "blocks size B"]:
 
 
 def _one_block(
-    x: Float[Array, "V B"], block: Int[Array, "B"], beyond: float
+    x: Float[Array, "V B"], block: Int[Array, " B"], beyond: float
 ) -> Float[Array, "size B"]:
     """Block number `block` of each column, filled up with `beyond` where the vocabulary ends."""
     size = block_size(len(x))
@@ -162,7 +162,7 @@ def _one_block(
 
 def _draw(
     sums: Float[Array, "blocks B"], inside: Callable[[Array], Array], uniform: Float[Array, "2 B"]
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """An index with probability proportional to its weight, by inverse CDF at two levels.
 
     Two uniform numbers decide, whatever the vocabulary: Gumbel noise would take one per token.
@@ -178,7 +178,7 @@ def _draw(
     return block * len(weights) + _invert(weights, uniform[1])
 
 
-def _invert(weights: Float[Array, "W B"], uniform: Float[Array, "B"]) -> Int[Array, "B"]:
+def _invert(weights: Float[Array, "W B"], uniform: Float[Array, " B"]) -> Int[Array, " B"]:
     """The first index at which the cumulative weight exceeds `uniform` of the total.
 
     Rounding can leave no such index, or one without weight: then the heaviest is as good.

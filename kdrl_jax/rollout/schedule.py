@@ -120,9 +120,9 @@ def longest_first(expected: Sequence[float]) -> list[int]:
 class Seats:
     """Who sits in each slot, as the host knows it."""
 
-    request: Int[np.ndarray, "B"]
+    request: Int[np.ndarray, " B"]
     """−1: nobody."""
-    lengths: Int[np.ndarray, "B"]
+    lengths: Int[np.ndarray, " B"]
     """Columns of cache in use."""
 
     @classmethod
@@ -131,12 +131,12 @@ class Seats:
         return cls(np.full(slots, -1), np.zeros(slots, np.int64))
 
     @property
-    def taken(self) -> Int[np.ndarray, "n"]:
+    def taken(self) -> Int[np.ndarray, " n"]:
         """Slots with a request in them."""
         return np.flatnonzero(self.request >= 0)
 
     @property
-    def free(self) -> Int[np.ndarray, "n"]:
+    def free(self) -> Int[np.ndarray, " n"]:
         """Slots without one."""
         return np.flatnonzero(self.request < 0)
 
@@ -145,7 +145,7 @@ class Seats:
         """Columns of cache that the fullest slot uses."""
         return int(self.lengths[self.taken].max(initial=0))
 
-    def pick(self, rows: Int[np.ndarray, "n"]) -> Seats:
+    def pick(self, rows: Int[np.ndarray, " n"]) -> Seats:
         """The slots `rows` alone."""
         return Seats(self.request[rows], self.lengths[rows])
 

@@ -219,7 +219,7 @@ class ServerEngine:
         ]
 
 
-def seed_of(key: Int[np.ndarray, "words"]) -> int:
+def seed_of(key: Int[np.ndarray, " words"]) -> int:
     """63 bits of a key's data, as servers take seeds."""
     return int.from_bytes(np.asarray(key, np.uint32).astype(">u4").tobytes()[-8:]) & (2**63 - 1)
 
@@ -269,7 +269,7 @@ class _Found:
             where = (slice(None), slice(longest)) if array.ndim == 2 else slice(None)
             array[where] = everyone[: len(array)]
 
-    def stats(self, numbers: Int[np.ndarray, "n"]) -> DecodeStats:
+    def stats(self, numbers: Int[np.ndarray, " n"]) -> DecodeStats:
         """Of the requests `numbers`, which were asked for."""
         lengths = self._lengths[numbers].astype(np.int64)
         prompts = self._prompts.lengths[numbers // self._shape[1]]

@@ -56,7 +56,7 @@ class Rows(NamedTuple):
 
 
 def prompt_layout(
-    lengths: Int[Array, "P"], slots: int
+    lengths: Int[Array, " P"], slots: int
 ) -> tuple[Int[Array, "P S"], Bool[Array, "P S"]]:
     """Positions and real tokens of prompts left-padded to `slots`; padding is at position 0."""
     offsets = jnp.arange(slots)[None, :] - (slots - lengths)[:, None]
@@ -65,9 +65,9 @@ def prompt_layout(
 
 def to_rows(
     prompt_tokens: Int[Array, "B S"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     completions: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
 ) -> Rows:
     """Join prompts and completions; positions count real tokens, segment id 0 is padding."""
     s, t = prompt_tokens.shape[1], completions.shape[1]

@@ -22,8 +22,8 @@ class Group(NamedTuple):
     """Index into the data."""
     tokens: Int[np.ndarray, "G T"]
     log_probs: Float[np.ndarray, "G T"]
-    lengths: Int[np.ndarray, "G"]
-    finish_reason: Int[np.ndarray, "G"]
+    lengths: Int[np.ndarray, " G"]
+    finish_reason: Int[np.ndarray, " G"]
 
 
 def new_group(place: int, problem: int, group: int, length: int) -> Group:

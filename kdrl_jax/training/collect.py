@@ -43,19 +43,19 @@ from kdrl_jax.types import (
     Verdict,
 )
 
-Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, "P"]]
+Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, " P"]]
 
 
 Own = dict[str, OwnReward]
 """What each of `reward.functions` gives, by its name."""
 
 
-def mixed(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+def mixed(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
     """Groups that policy gradients learn from: those with right and wrong responses."""
     return correct.max(axis=1) != correct.min(axis=1)
 
 
-def solved(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, "P"]:
+def solved(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
     """Groups that rejection sampling learns from: those with a right response."""
     return correct.max(axis=1) > 0
 
@@ -326,7 +326,7 @@ class Collector:
         return np.where(seen[chosen], self._seen[chosen], usual).tolist()
 
     def _replace(
-        self, found: Collected, useful: Bool[np.ndarray, "P"], more: Collected
+        self, found: Collected, useful: Bool[np.ndarray, " P"], more: Collected
     ) -> Collected:
         """`found` with useful groups of `more` in place of its useless ones, as far as they go."""
         groups = len(useful)

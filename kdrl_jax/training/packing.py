@@ -16,8 +16,8 @@ from kdrl_jax.types import Rollouts
 
 
 def first_fit_decreasing(
-    lengths: Sequence[int] | Int[np.ndarray, "n"], capacity: int
-) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+    lengths: Sequence[int] | Int[np.ndarray, " n"], capacity: int
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """A row and a first column for each of n sequences: the longest first, where it first fits.
 
     At most 11/9 of the fewest rows there can be, and 6/9 of a row (Dósa, 2007).

@@ -117,9 +117,9 @@ def pad_examples(
 @jax.jit
 def supervised_batch(
     prompts: Int[Array, "B S"],
-    prompt_lengths: Int[Array, "B"],
+    prompt_lengths: Int[Array, " B"],
     completions: Int[Array, "B T"],
-    lengths: Int[Array, "B"],
+    lengths: Int[Array, " B"],
 ) -> TrainBatch:
     """Rows of S + T tokens whose completions are trained on with weight 1 / (B·|o_i|)."""
     rows = to_rows(prompts, prompt_lengths, completions, lengths)
