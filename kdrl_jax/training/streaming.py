@@ -6,6 +6,7 @@ files, and the handler moves some layers at a time.
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from kdrl_jax import processes
 from kdrl_jax.models.hf_save import Stored
 from kdrl_jax.models.hf_table import piece_of, pieces
 from kdrl_jax.sharding import path_name
-from kdrl_jax.training.integrity import CHECKSUMS, Damaged, number_of_block, read_meta
+from kdrl_jax.training.integrity import CHECKSUMS, META, Damaged, number_of_block, read_meta, seal
 from kdrl_jax.types import Params, UserError
 
 handlers = ocp.type_handlers
@@ -111,6 +112,30 @@ class Counted:
         return block
 
 
+class Numbered:
+    """A stored parameter that takes its checksum while it is read, every block once.
+
+    Attributes:
+      number: see `integrity.number_of_block`.
+    """
+
+    def __init__(self, stored: Stored):
+        self._stored, self.number = stored, 0
+        self.shape, self.dtype = stored.shape, stored.dtype
+
+    @property
+    def piece(self) -> int:
+        """See `Stored`."""
+        return self._stored.piece
+
+    def read(self, index: Sequence[slice]) -> np.ndarray:
+        """The block `index`."""
+        block = self._stored.read(index)
+        starts = [x.indices(size)[0] for x, size in zip(index, self.shape, strict=True)]
+        self.number += number_of_block(block, starts, self.shape)
+        return block
+
+
 def counted(params: Params, progress: Callable[[int, int], Any]) -> Params:
     """A tree of `Stored` that calls `progress` with the bytes read so far, and those of all."""
     total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(params))
@@ -180,9 +205,17 @@ def write_stored(folder: Path, params: Params) -> None:
     Args:
       params: a tree of `Stored`.
     """
+    numbered = jax.tree.map(Numbered, params)
     # Named like NumPy arrays, so that any Orbax restores them.
     with _manager(folder, (object, _StoredHandler("np.ndarray"))) as manager:
-        manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(params)))
+        manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(numbered)))
+    sums = {
+        path_name(path): [list(x.shape), str(x.dtype), f"{x.number % 2**32:08x}"]
+        for path, x in jax.tree_util.tree_leaves_with_path({"params": numbered})
+    }
+    meta = folder / "checkpoints" / "0" / META
+    meta.parent.mkdir()
+    meta.write_text(json.dumps(seal({"step": 0, CHECKSUMS: sums})), encoding="utf-8")
 
 
 def open_stored(folder: Path, step: int) -> Params:
