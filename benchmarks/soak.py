@@ -178,6 +178,7 @@ def judge(rows: list[dict], looks: list[dict]) -> dict:
         "CPU time of a step, s": {"first": cpu[0], "last": cpu[1], "ratio": cpu[1] / cpu[0]},
         "tokens of a response": pair(lambda r: r["length/mean"], *plain, by=_mean),
         "memory, MiB": pair(lambda x: x["rss"] / 2**20, early, late),
+        "least memory, MiB": pair(lambda x: x["rss"] / 2**20, early, late, by=min),
         "memory after the first tenth, MiB": pair(lambda x: x["rss"] / 2**20, warm, late),
         "memory of graders, MiB": pair(lambda x: x["children_rss"] / 2**20, early, late),
         "open files": pair(lambda x: x["files"], looks[:half], looks[half:], by=max),
