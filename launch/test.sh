@@ -9,4 +9,4 @@ make_env test
 ruff check .
 ruff format --check .
 mypy
-python -m pytest -n "${KDRL_TEST_WORKERS:-2}" --dist=loadfile "$@"
+python -m pytest -n "${KDRL_TEST_WORKERS:-2}" --dist=loadfile --no-loadscope-reorder "$@"

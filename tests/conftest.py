@@ -42,5 +42,5 @@ def strict_ranks():
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, so that no worker is left alone with one at the end."""
-    longest = ("test_train.py", "test_training.py", "test_rollout.py", "test_evaluate.py")
-    items.sort(key=lambda item: item.path.name not in longest)
+    longest = ("train", "processes", "plan", "training", "launch", "rollout", "generate")
+    items.sort(key=lambda item: item.path.stem.removeprefix("test_") not in longest)
