@@ -18,7 +18,7 @@ def give_back() -> None:
     that count as the process's until they are asked back. Takes some ms; the pages that are needed
     again are zeroed anew.
     """
-    _trim()(0)
+    _libc("malloc_trim")(0)
 
 
 def share_arenas() -> None:
@@ -29,13 +29,13 @@ def share_arenas() -> None:
     GLIBC_TUNABLES says another number.
     """
     told = "MALLOC_ARENA_MAX" in os.environ or "arena_max" in os.environ.get("GLIBC_TUNABLES", "")
-    if not told and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(M_ARENA_MAX, max(os.cpu_count() or 1, 2))
+    if not told:
+        _libc("mallopt")(M_ARENA_MAX, max(os.cpu_count() or 1, 2))
 
 
 @functools.cache
-def _trim() -> Callable[[int], int]:
+def _libc(name: str) -> Callable[..., int]:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (AttributeError, OSError):  # another C library
-        return lambda _: 0
+        return lambda *_: 0
