@@ -134,9 +134,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _policies(args: argparse.Namespace, wrong: Refusals) -> list[PolicyFolder]:
     found = []
     for option, folder in (("--model", args.model), ("--beside", args.beside)):
-        if folder is not None:
-            policy = wrong.attempt(find_policy, folder, option)
-            found += [policy] if policy else []
+        if folder is not None and (policy := wrong.attempt(find_policy, folder, option)):
+            found.append(policy)
     return found
 
 
