@@ -190,6 +190,35 @@ def number_of_block(
     return total
 
 
+class BlockNumber:
+    """The number of one array in `checksums`, taken while it is read block by block."""
+
+    def __init__(self, shape: Sequence[int]):
+        self._shape, self._sum, self._left = tuple(shape), 0, math.prod(shape)
+        self._blocks: set[tuple[tuple[int, int], ...]] = set()
+
+    def add(self, index: Sequence[slice], block: np.ndarray) -> None:
+        """Take the block `index` of the array; one that was taken already counts once."""
+        ends = zip(index, self._shape, strict=True)
+        spans = tuple(part.indices(size)[:2] for part, size in ends)
+        if spans in self._blocks:
+            return
+        if any(_overlap(spans, other) for other in self._blocks):
+            self._left = -1  # nobody reads so; the sum is of no use any more
+        self._blocks.add(spans)
+        self._sum += number_of_block(block, [start for start, _ in spans], self._shape)
+        self._left -= block.size
+
+    @property
+    def whole(self) -> str | None:
+        """The number as `checksums` writes it, once all of the array has been taken."""
+        return None if self._left else f"{self._sum % 2**32:08x}"
+
+
+def _overlap(one: Sequence[tuple[int, int]], other: Sequence[tuple[int, int]]) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
+
+
 SPAN = 1 << 15
 """Elements that `number_of_block` takes at a time."""
 WORDS = {1: np.uint8, 2: np.uint16}

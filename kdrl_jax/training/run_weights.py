@@ -15,7 +15,15 @@ import orbax.checkpoint as ocp
 from kdrl_jax.models import hf_table
 from kdrl_jax.models.hf_files import limit_lines
 from kdrl_jax.sharding import path_name
-from kdrl_jax.training.integrity import CHECKSUMS, Damaged, checksums, compare, read_meta, seal
+from kdrl_jax.training.integrity import (
+    CHECKSUMS,
+    Damaged,
+    checksums,
+    compare,
+    read_meta,
+    seal,
+    shapes_of,
+)
 from kdrl_jax.training.storage import storage_explained
 from kdrl_jax.training.streaming import damaged, open_stored
 from kdrl_jax.types import Params, UserError
@@ -66,10 +74,7 @@ def _read_and_compare(
     read: Callable[[Params], Params], like: Params, saved: Mapping[str, Sequence[Any]]
 ) -> Params:
     """All at once where nothing is cast; else array by array, cast when it has been compared."""
-    kinds = [
-        jnp.dtype(saved[path_name(path)][1])
-        for path, _ in jax.tree_util.tree_leaves_with_path({"params": like})
-    ]
+    kinds = [jnp.dtype(saved[name][1]) for name in shapes_of({"params": like})]
     leaves, tree = jax.tree.flatten(like)
     if kinds == [leaf.dtype for leaf in leaves]:
         params = read(like)

@@ -21,8 +21,15 @@ import tensorstore as ts
 from kdrl_jax import processes
 from kdrl_jax.models.hf_save import Stored
 from kdrl_jax.models.hf_table import piece_of, pieces
-from kdrl_jax.sharding import path_name
-from kdrl_jax.training.integrity import CHECKSUMS, META, Damaged, number_of_block, read_meta, seal
+from kdrl_jax.training.integrity import (
+    CHECKSUMS,
+    META,
+    BlockNumber,
+    Damaged,
+    read_meta,
+    seal,
+    shapes_of,
+)
 from kdrl_jax.types import Params, UserError
 
 handlers = ocp.type_handlers
@@ -40,14 +47,12 @@ class OrbaxArray:
         self._store, self._checkpoint = store, checkpoint
         self.shape = tuple(store.shape)
         self.dtype = np.dtype(store.dtype.numpy_dtype)
-        self._saved: tuple[str, Sequence[Any]] | None = None
-        self._read: set[Block] = set()
-        self._number = 0
+        self._saved: tuple[str, str] | None = None
+        self._number = BlockNumber(self.shape)
 
-    def expect(self, name: str, saved: Sequence[Any]) -> None:
-        """Take the checksum that was saved of the array, see `integrity.checksums`."""
-        if list(saved[:2]) == [list(self.shape), str(self.dtype)] and self.dtype.itemsize <= 4:
-            self._saved = name, saved
+    def expect(self, name: str, number: str) -> None:
+        """Take the number that was saved of the array, see `integrity.checksums`."""
+        self._saved = name, number
 
     @property
     def piece(self) -> int:
@@ -63,41 +68,22 @@ class OrbaxArray:
         """
         try:
             found = self._store[tuple(index)].read().result()
-            self._compare(index, found)
+            if self._saved:
+                self._number.add(index, found)
+                name, number = self._saved
+                if self._number.whole not in (None, number):
+                    raise Damaged(f"the checksum of {name} differs from what was saved")
         except (ValueError, Damaged) as error:
             raise UserError(damaged(self._checkpoint, error)) from error
         return found
 
-    def _compare(self, index: Sequence[slice], found: np.ndarray) -> None:
-        ends = zip(index, self.shape, strict=True)
-        block = tuple(part.indices(size)[:2] for part, size in ends)
-        if self._saved is None or block in self._read:
-            return
-        if any(_overlap(block, other) for other in self._read):
-            self._saved = None  # nobody reads so; the number would be another
-            return
-        self._read.add(block)
-        name, (*_, saved) = self._saved
-        self._number += number_of_block(found, [start for start, _ in block], self.shape)
-        read = sum(math.prod(end - start for start, end in block) for block in self._read)
-        if read == math.prod(self.shape) and f"{self._number % 2**32:08x}" != saved:
-            raise Damaged(f"the checksum of {name} differs from what was saved")
 
+class Watched:
+    """A stored parameter that shows each block that is read of it."""
 
-Block = tuple[tuple[int, int], ...]
-"""Where a block begins and ends, along each axis."""
-
-
-def _overlap(one: Block, other: Block) -> bool:
-    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
-
-
-class Counted:
-    """A stored parameter that tells how many bytes of it are read."""
-
-    def __init__(self, stored: Stored, read: Callable[[int], Any]):
-        """Args: the parameter, and what is called with the bytes of each block."""
-        self._stored, self._read = stored, read
+    def __init__(self, stored: Stored, seen: Callable[[Sequence[slice], np.ndarray], Any]):
+        """Args: the parameter, and what is called with the index and content of each block."""
+        self._stored, self._seen = stored, seen
         self.shape, self.dtype = stored.shape, stored.dtype
 
     @property
@@ -108,31 +94,7 @@ class Counted:
     def read(self, index: Sequence[slice]) -> np.ndarray:
         """The block `index`."""
         block = self._stored.read(index)
-        self._read(block.size * self.dtype.itemsize)  # merged ones are wider than what is read
-        return block
-
-
-class Numbered:
-    """A stored parameter that takes its checksum while it is read, every block once.
-
-    Attributes:
-      number: see `integrity.number_of_block`.
-    """
-
-    def __init__(self, stored: Stored):
-        self._stored, self.number = stored, 0
-        self.shape, self.dtype = stored.shape, stored.dtype
-
-    @property
-    def piece(self) -> int:
-        """See `Stored`."""
-        return self._stored.piece
-
-    def read(self, index: Sequence[slice]) -> np.ndarray:
-        """The block `index`."""
-        block = self._stored.read(index)
-        starts = [x.indices(size)[0] for x, size in zip(index, self.shape, strict=True)]
-        self.number += number_of_block(block, starts, self.shape)
+        self._seen(index, block)
         return block
 
 
@@ -146,7 +108,10 @@ def counted(params: Params, progress: Callable[[int, int], Any]) -> Params:
         done += size
         progress(done, total)
 
-    return jax.tree.map(lambda stored: Counted(stored, read), params)
+    def one(x: Stored) -> Watched:  # merged blocks are wider than what is read
+        return Watched(x, lambda _, block: read(block.size * x.dtype.itemsize))
+
+    return jax.tree.map(one, params)
 
 
 class _StoredHandler(ocp.type_handlers.TypeHandler):
@@ -205,13 +170,15 @@ def write_stored(folder: Path, params: Params) -> None:
     Args:
       params: a tree of `Stored`.
     """
-    numbered = jax.tree.map(Numbered, params)
+    numbers = jax.tree.map(lambda x: BlockNumber(x.shape), params)
+    numbered = jax.tree.map(lambda x, number: Watched(x, number.add), params, numbers)
     # Named like NumPy arrays, so that any Orbax restores them.
     with _manager(folder, (object, _StoredHandler("np.ndarray"))) as manager:
         manager.save(0, args=ocp.args.Composite(params=ocp.args.PyTreeSave(numbered)))
+    names = shapes_of({"params": params}).items()
     sums = {
-        path_name(path): [list(x.shape), str(x.dtype), f"{x.number % 2**32:08x}"]
-        for path, x in jax.tree_util.tree_leaves_with_path({"params": numbered})
+        name: [*shape, number.whole]
+        for (name, shape), number in zip(names, jax.tree.leaves(numbers), strict=True)
     }
     meta = folder / "checkpoints" / "0" / META
     meta.parent.mkdir()
@@ -230,9 +197,11 @@ def open_stored(folder: Path, step: int) -> Params:
     with _manager(folder, *kinds) as manager:
         args = ocp.args.Composite(params=ocp.args.PyTreeRestore())
         found = manager.restore(step, args=args).params
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"params": found}):
-        if saved := meta.get(CHECKSUMS, {}).get(path_name(path)):
-            leaf.expect(path_name(path), saved)
+    names = shapes_of({"params": found}).items()
+    for (name, shape), leaf in zip(names, jax.tree.leaves(found), strict=True):
+        *saved, number = meta.get(CHECKSUMS, {}).get(name, [None])
+        if saved == shape and leaf.dtype.itemsize <= 4:
+            leaf.expect(name, number)
     return found
 
 
