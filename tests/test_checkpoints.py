@@ -20,7 +20,7 @@ from orbax.checkpoint._src.path import atomicity
 from kdrl_jax.models import Decoder, ModelConfig, hf_table, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings, path_name
 from kdrl_jax.training.checkpoints import DELETED, CheckpointStore
-from kdrl_jax.training.integrity import seal
+from kdrl_jax.training.integrity import META, read_meta, seal
 from kdrl_jax.training.run_weights import abstract_params, find_params, restore_params, save_params
 from kdrl_jax.training.state import init_state
 from kdrl_jax.types import TrainState, UserError
@@ -247,15 +247,14 @@ def test_weights_alone_are_compared_too_and_before_they_are_cast(state, tmp_path
         assert (found.dtype, found.sharding) == (jnp.float16, asked.sharding)
         np.testing.assert_array_equal(found, x.astype(jnp.float16))
     where = tmp_path / "warm" / "checkpoints" / "0"
-    meta = json.loads((where / "meta" / "metadata").read_text())
+    meta = read_meta(where)
     meta["checksums"]["params/scale"][2] = "00000000"
-    del meta["sha256"]
-    (where / "meta" / "metadata").write_text(json.dumps(seal(meta)))
+    (where / META).write_text(json.dumps(seal(meta)))
     with pytest.raises(UserError, match="the checksum of params/scale differs"):
         restore_params(tmp_path / "warm", like)
     with pytest.raises(UserError, match="the checksum of params/scale differs"):
         restore_params(tmp_path / "warm", cast)
-    (where / "meta" / "metadata").write_text("{")
+    (where / META).write_text("{")
     with pytest.raises(UserError, match="damaged or half written"):
         restore_params(tmp_path / "warm", like)
 

@@ -23,7 +23,7 @@ from kdrl_jax.cli import run_entry
 from kdrl_jax.config import read_config
 from kdrl_jax.models import Decoder, hf_table, load_config, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings, path_name
-from kdrl_jax.training.integrity import checksums, read_meta, seal
+from kdrl_jax.training.integrity import META, checksums, read_meta, seal
 from kdrl_jax.training.roles import check_weights
 from kdrl_jax.training.run_weights import abstract_params, restore_params, save_params
 from kdrl_jax.training.streaming import OrbaxArray
@@ -291,14 +291,11 @@ def test_a_damaged_run(run, damage, said, tmp_path, capsys):
 
 def test_a_converted_folder_has_the_checksums_of_a_run(run, tmp_path):
     params = restore_params(run, like(run / "model", "bfloat16"))
-    assert read_meta(run / "checkpoints" / "0")["checksums"] == checksums({"params": params})
-    file = run / "checkpoints" / "0" / "meta" / "metadata"
-    bad = tmp_path / "run"
-    shutil.copytree(run, bad)
-    meta = json.loads(file.read_text())
+    meta = read_meta(run / "checkpoints" / "0")
+    assert meta["checksums"] == checksums({"params": params})
     meta["checksums"]["params/final_norm/scale"][2] = "0" * 8
-    del meta["sha256"]
-    (bad / file.relative_to(run)).write_text(json.dumps(seal(meta)))
+    bad = shutil.copytree(run, tmp_path / "run")
+    (bad / "checkpoints" / "0" / META).write_text(json.dumps(seal(meta)))
     for dtype in ("bfloat16", "float32"):
         with pytest.raises(UserError, match="the checksum of params/final_norm/scale differs"):
             restore_params(bad, like(run / "model", dtype))
