@@ -14,7 +14,7 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax.config import read_config, split_variant
-from kdrl_jax.processes import LostProcess, is_first, wait_for_the_coordinator
+from kdrl_jax.processes import LostProcess, is_first, leave, wait_for_the_coordinator
 from kdrl_jax.training.display import LOGS, emit, end_line, speaking
 from kdrl_jax.training.safety import own_folder
 from kdrl_jax.training.stopping import EXIT_INTERRUPTED, EXIT_STOPPED
@@ -100,6 +100,8 @@ def run_entry(main: Callable[[], Any]) -> None:
         code = _refused(error.problems)
     finally:
         sys.argv[:] = before
+    if code in (EXIT_STOPPED, EXIT_INTERRUPTED):
+        leave(code)
     if code:
         sys.exit(code)
 

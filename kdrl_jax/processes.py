@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -78,6 +78,22 @@ def start(timeout_s: float | None) -> None:
     except ValueError as error:
         if given or "should be defined" not in str(error):
             raise
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, with the devices' clients as they are.
+
+    A compilation that a signal has interrupted goes on in a thread of XLA's. Python's own end would
+    wait for that and free the client beneath it, which crashes (jax 0.10).
+    """
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    try:
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+    finally:
+        os._exit(code)
 
 
 def index() -> int:

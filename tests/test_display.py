@@ -468,6 +468,7 @@ def test_ctrl_c_names_what_is_kept_and_the_command(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--output=my runs"])
     assert command_line(entry) == "python -m kdrl_jax.evaluate '--output=my runs'"
     monkeypatch.setattr(evaluate, "split_overrides", lambda argv: main())
+    monkeypatch.setattr("kdrl_jax.cli.leave", sys.exit)
     with pytest.raises(SystemExit, match=str(EXIT_INTERRUPTED)):
         run_entry(entry)
     assert capsys.readouterr().err == (

@@ -72,6 +72,35 @@ with EndAtOnce():
     assert told(code) == (EXIT_STOPPED, "")
 
 
+@pytest.mark.parametrize(
+    ("number", "found"), [(signal.SIGTERM, EXIT_STOPPED), (signal.SIGINT, EXIT_INTERRUPTED)]
+)
+def test_a_compilation_is_left_to_itself(number, found):
+    """XLA's thread goes on with it, with a client that must still be there."""
+    code = """
+import jax
+from kdrl_jax.cli import run_entry
+
+def body(x):
+    y = x
+    for _ in range(1500):
+        y = jax.numpy.sin(y @ x)
+    return y
+
+def main():
+    with EndAtOnce():
+        lowered = jax.jit(body).lower(jax.numpy.ones((8, 8)))
+        threading.Timer(0.3, lambda: print("ready", flush=True)).start()
+        lowered.compile()
+
+run_entry(main)
+"""
+    code, err = told(code, number)
+    words = "stopped before a step" if found == EXIT_STOPPED else "interrupted; to go on"
+    assert code == found, err
+    assert words in err
+
+
 def test_after_a_step_it_is_the_runs_to_save():
     code = """
 stopping.GRACE_S = 0.2
