@@ -61,8 +61,7 @@ with EndAtOnce():
 
 
 def test_what_lets_no_handler_run_is_ended_as_well():
-    """A call that keeps the main thread for an hour, as compiling does for minutes: Python's
-    handlers wait for its end."""
+    """A call that keeps the main thread for an hour: Python's handlers wait for its end."""
     code = """
 stopping.GRACE_S = 0.2
 with EndAtOnce():

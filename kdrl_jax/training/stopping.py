@@ -17,15 +17,15 @@ EXIT_INTERRUPTED = 130
 """Ended by Ctrl-C."""
 SHOW_CURSOR = b"\x1b[?25h"
 GRACE_S = 5.0
-"""How long the main thread has to end by itself, seconds: it may be compiling."""
+"""How long the main thread has to end by itself, seconds: a library may not let it."""
 
 
 class EndAtOnce:
     """Ends the command on SIGTERM or Ctrl-C, as long as no step has been made worth saving.
 
-    The main thread gets a SystemExit or KeyboardInterrupt. Python's handlers wait while it compiles
-    or reads files, so after GRACE_S another thread ends the process. Outside the main thread, where
-    no handler can be set, this does nothing.
+    The main thread gets a SystemExit or KeyboardInterrupt. Python's handlers wait while a library
+    reads files or computes, so after GRACE_S another thread ends the process. Outside the main
+    thread, where no handler can be set, this does nothing.
 
     Attributes:
       heard: called by that thread with each signal once a step has been made; whether the process
