@@ -57,13 +57,19 @@ PHASES = {
     "save": ("kdrl_jax.training.checkpoints:CheckpointStore", "save"),
     "commit": ("orbax.checkpoint._src.path.atomicity:AtomicRenameTemporaryPath", "finalize"),
     "deletion": ("kdrl_jax.training.checkpoints:CheckpointStore", "_sweep"),
+    "compile": ("jax._src.compiler", "backend_compile_and_load"),
     "compile cache": ("jax._src.compilation_cache", "put_executable_and_time"),
     "end": ("kdrl_jax.training.run:Run", "finish"),
 }
 """What is watched: where it is defined, and its name there."""
-TARGETS = [name for name in PHASES if name not in ("warm-up", "warm-up save", "compile cache")]
-COLD = {"warm-up": "models", "warm-up save": "models", "compile cache": "programs"}
+COLD = {
+    "warm-up": "models",
+    "warm-up save": "models",
+    "compile": "programs",
+    "compile cache": "programs",
+}
 """Phases that come only where a cache is empty, and which."""
+TARGETS = [name for name in PHASES if name not in COLD]
 PER_RUN = 4
 """Kills of a run at most, before it is left alone."""
 
@@ -227,6 +233,7 @@ def strike(place: Place, blow: Blow | None, log: Path, limit: float = 300) -> di
         "writing": any("tmp" in name for name in found),
         "deleting": ".deleted" in found,
         "lasted": watch.lasted,
+        "entered": watch.entered,
     }
 
 
@@ -301,7 +308,7 @@ def campaign(output: Path, kills: int, seed: int) -> int:
     draw = random.Random(seed)
     shared = Place(output / "reference", output / "models", output / "programs")
     log = output / "log.txt"
-    strike(shared, None, log)  # fills the caches
+    programs = strike(shared, None, log)["entered"]["compile"]  # and fills the caches
     shutil.rmtree(shared.work)
     begun = time.monotonic()
     first = strike(shared, None, log)
@@ -315,7 +322,7 @@ def campaign(output: Path, kills: int, seed: int) -> int:
     with (output / "kills.jsonl").open("w") as results:
         while done < kills:
             number += 1
-            cold = "" if draw.random() < 0.75 else draw.choice(list(COLD))
+            cold = "" if draw.random() < 0.65 else draw.choice(list(COLD))
             place = dataclasses.replace(shared, work=output / f"run{number}")
             if cold:
                 place = dataclasses.replace(place, **{COLD[cold]: output / f"cache{number}"})
@@ -327,7 +334,8 @@ def campaign(output: Path, kills: int, seed: int) -> int:
                 else:
                     aim = draw.choice(TARGETS) if draw.random() < 0.5 else ""
                 span = lasted.get(aim, 0.05) if aim else whole_s
-                blows.append(Blow(sign, draw.uniform(0, span), aim, draw.randint(1, 2)))
+                nth = draw.randint(1, programs if aim == "compile" else 2)
+                blows.append(Blow(sign, draw.uniform(0, span), aim, nth))
             lives = []
             for blow in [*blows, None, None]:
                 lives.append(strike(place, blow, log))
@@ -338,7 +346,8 @@ def campaign(output: Path, kills: int, seed: int) -> int:
             wrong = lost(place.work, reference) + [f"exit {x['exit']}" for x in odd]
             done, losses = done + len(struck), losses + bool(wrong)
             for life in lives:
-                life.pop("lasted", None)
+                for key in ("lasted", "entered"):
+                    life.pop(key, None)
             for life in struck:
                 hits[life["phase"] + (", writing" if life["writing"] else "")] += 1
             row = {"run": number, "cold": cold, "lives": lives, "lost": wrong}
