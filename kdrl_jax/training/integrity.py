@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kdrl_jax.sharding import in_memory
+from kdrl_jax.sharding import in_memory, path_name
 from kdrl_jax.types import UserError
 
 CHECKSUMS, SEAL = "checksums", "sha256"
@@ -41,19 +41,18 @@ def checksums(tree: Any) -> dict[str, list[Any]]:
     in 2³² goes unseen. It does not depend on how the arrays are split over devices. All processes
     must call this, and get the same.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    names = [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves]
-    arrays = [x if isinstance(x, jax.Array) else jnp.asarray(x) for _, x in leaves]
+    arrays = jax.tree.map(lambda x: x if isinstance(x, jax.Array) else jnp.asarray(x), tree)
+    names = shapes_of(arrays).items()
     return {
-        name: [list(x.shape), str(x.dtype), f"{_number_of(x):08x}"]
-        for name, x in zip(names, arrays, strict=True)
+        name: [*shape, f"{_number_of(x):08x}"]
+        for (name, shape), x in zip(names, jax.tree.leaves(arrays), strict=True)
     }
 
 
 def shapes_of(tree: Any) -> dict[str, list[Any]]:
     """`checksums` without the numbers; `tree` may be abstract."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): [list(x.shape), str(x.dtype)]
+        path_name(path): [list(x.shape), str(x.dtype)]
         for path, x in jax.tree_util.tree_leaves_with_path(tree)
     }
 
