@@ -15,10 +15,13 @@ from kdrl_jax.training.checkpoints import CheckpointStore
 from kdrl_jax.training.host_memory import _libc, give_back
 from kdrl_jax.types import TrainState
 
+needs_glibc = pytest.mark.skipif(
+    getattr(_libc("malloc_trim"), "__name__", "") != "malloc_trim", reason="not glibc"
+)
 
+
+@needs_glibc
 def test_freed_pieces_are_given_back():
-    if getattr(_libc("malloc_trim"), "__name__", "") != "malloc_trim":
-        pytest.skip("this C library has no malloc_trim")
     process = psutil.Process()
     pieces = [bytearray(3000) for _ in range(100_000)]  # 300 MB, each below glibc's own mmap
     full = process.memory_info().rss
@@ -52,9 +55,8 @@ go.wait()
 @pytest.mark.parametrize(
     ("told", "arenas"), [({}, max(os.cpu_count() or 1, 2)), ({"MALLOC_ARENA_MAX": "3"}, 3)]
 )
+@needs_glibc
 def test_threads_share_arenas(told, arenas):
-    if getattr(_libc("malloc_trim"), "__name__", "") != "malloc_trim":
-        pytest.skip("not glibc")
     env = {k: v for k, v in os.environ.items() if k not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
     done = subprocess.run(
         [sys.executable, "-c", SHARED], env=env | told, capture_output=True, text=True, timeout=120
