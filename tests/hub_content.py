@@ -1,4 +1,4 @@
-"""What a local hub holds: files, repositories, and small models to put there."""
+"""What a local hub holds and says: files, repositories, answers, and small models to put there."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ class File:
     def oid(self) -> str:
         """The id that git gives these bytes (or, in LFS, the pointer that stands for them)."""
         if self.lfs:
-            pointer = f"version https://git-lfs\noid sha256:{self.sha256}\nsize {self.size}\n"
-            return hashlib.sha1(pointer.encode()).hexdigest()
+            spec = "https://git-lfs.github.com/spec/v1"
+            pointer = f"version {spec}\noid sha256:{self.sha256}\nsize {self.size}\n".encode()
+            return hashlib.sha1(f"blob {len(pointer)}\0".encode() + pointer).hexdigest()
         return self._sum(hashlib.sha1(f"blob {self.size}\0".encode()))
 
     @property
@@ -71,6 +72,27 @@ class File:
 
 
 @dataclass
+class Answer:
+    """What goes back: a status, headers, and bytes or a file."""
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes | File = b""
+
+
+def answer_json(content: Any, **headers: str) -> Answer:
+    return Answer(200, {"Content-Type": "application/json"} | headers, json.dumps(content).encode())
+
+
+def answer_error(status: int, message: str, code: str = "", **headers: str) -> Answer:
+    """An error in the hub's own words: its code tells the client which exception to raise."""
+    said = {"X-Error-Message": message, "X-Request-Id": "Root=1-0"}
+    said |= {"X-Error-Code": code} if code else {}
+    content = json.dumps({"error": message}).encode()
+    return Answer(status, {"Content-Type": "application/json"} | said | headers, content)
+
+
+@dataclass
 class Repo:
     """One model or dataset: `refs` name -> commit, `commits` commit -> path -> file."""
 
@@ -88,6 +110,54 @@ class Repo:
         revision = revision.removeprefix("refs/heads/")
         known = {c: c for c in self.commits} | self.tags | self.refs
         return known.get(revision)
+
+    def admits(self, token: str | None) -> bool:
+        """Whether a token opens it, should it be closed."""
+        return token is not None and token == self.token
+
+    def about(self, commit: str, verb: str, path: str, query: dict[str, list[str]]) -> Answer:
+        """What the API says: `tree`, `paths-info`, `refs`, `commits`, or else the whole."""
+        flags = {name for name, values in query.items() if values[-1].lower() in ("true", "1")}
+        if verb == "tree":
+            entries = self.tree(commit, path, "recursive" in flags, "expand" in flags)
+            if path and not entries:
+                return answer_error(404, f"{path} does not exist", "EntryNotFound")
+            return answer_json(entries)
+        if verb == "paths-info":
+            every = {e["path"]: e for e in self.tree(commit, "", True, "expand" in flags)}
+            return answer_json([every[p] for p in query["paths"] if p in every])
+        if verb == "refs":
+            branches, tags = (
+                [{"name": n, "ref": f"refs/{where}/{n}", "targetCommit": c} for n, c in x.items()]
+                for where, x in (("heads", self.refs), ("tags", self.tags))
+            )
+            return answer_json({"branches": branches, "tags": tags, "converts": []})
+        if verb == "commits":
+            about = {"id": commit, "title": "Add files", "message": "", "authors": [], "date": DATE}
+            return answer_json([about])
+        info = self.info(commit, "blobs" in flags)
+        kept = {"_id", "id", *query.get("expand", info)}
+        return answer_json({name: value for name, value in info.items() if name in kept})
+
+    def file(self, commit: str, path: str) -> Answer:
+        """A file with the headers that name its content, or that there is none."""
+        headers = {"X-Repo-Commit": commit}
+        file = self.commits[commit].get(path)
+        if file is None:
+            return answer_error(404, "Entry not found", "EntryNotFound", **headers)
+        headers |= {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
+        if file.lfs:
+            headers |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
+        return Answer(200, headers | {"Content-Type": "application/octet-stream"}, file)
+
+    def closed(self, token: str | None) -> Answer:
+        """What a gated repository tells those whom it does not let in."""
+        said = f"Access to {self.kind} {self.id} is restricted"
+        if token:
+            said += " and you are not in the authorized list. Visit its page to ask for access."
+            return answer_error(403, said, "GatedRepo")
+        said += ". You must have access to it and be authenticated to access it. Please log in."
+        return answer_error(401, said, "GatedRepo")
 
     def info(self, commit: str, blobs: bool) -> dict[str, Any]:
         siblings: list[dict[str, Any]] = []

@@ -9,19 +9,21 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import hashlib
+import importlib
 import json
 import os
 import re
 import socket
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import parse_qs, unquote, urlencode, urlsplit
+from urllib.parse import parse_qs, parse_qsl, unquote, urlencode, urlsplit
 
-from hub_content import CHUNK, DATE, File, Repo, tiny_model
+import pytest
+from hub_content import CHUNK, Answer, File, Repo, answer_error, answer_json, tiny_model
 
 __all__ = ["LocalHub", "tiny_model"]
 
@@ -36,26 +38,6 @@ _API = re.compile(
 _FILE = re.compile(
     r"/(?P<kind>datasets/)?(?P<id>[^/]+(?:/[^/]+)??)/resolve/(?P<revision>[^/]+)/(?P<path>.+)"
 )
-
-
-@dataclass
-class Answer:
-    """What goes back: a status, headers, and bytes or a file."""
-
-    status: int = 200
-    headers: dict[str, str] = field(default_factory=dict)
-    body: bytes | File = b""
-
-
-def _json(content: Any, **headers: str) -> Answer:
-    return Answer(200, {"Content-Type": "application/json"} | headers, json.dumps(content).encode())
-
-
-def _error(status: int, message: str, code: str = "", **headers: str) -> Answer:
-    """An error in the hub's own words: its code tells the client which exception to raise."""
-    said = {"X-Error-Message": message} | ({"X-Error-Code": code} if code else {})
-    content = json.dumps({"error": message}).encode()
-    return Answer(status, {"Content-Type": "application/json"} | said | headers, content)
 
 
 @dataclass
@@ -248,6 +230,37 @@ class LocalHub:
         }
         return kept | ours | changes
 
+    def here(self, patch: pytest.MonkeyPatch, cache: Path) -> None:
+        """Make this the hub of this process, too, whose libraries read their settings on import."""
+        changed = self.environment(cache)
+        for name in set(os.environ) - set(changed):
+            patch.delenv(name)
+        for name, value in changed.items():
+            patch.setenv(name, value)
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        settings: dict[str, dict[str, Any]] = {
+            "huggingface_hub.constants": {
+                "ENDPOINT": self.url,
+                "HUGGINGFACE_CO_URL_TEMPLATE": template,
+                "HF_HUB_CACHE": str(cache / "hub"),
+                "HF_TOKEN_PATH": str(cache / "token"),
+                "HF_HUB_OFFLINE": False,
+                "HF_HUB_DISABLE_XET": True,
+                "HF_HUB_DISABLE_TELEMETRY": True,
+            },
+            "huggingface_hub.hf_api": {"api.endpoint": self.url},
+            "datasets.config": {
+                "HF_ENDPOINT": self.url,
+                "HF_DATASETS_CACHE": cache / "datasets",
+                "HF_HUB_OFFLINE": False,
+                "HF_DATASETS_OFFLINE": False,
+            },
+        }
+        for module, values in settings.items():
+            importlib.import_module(module)
+            for name, value in values.items():
+                patch.setattr(f"{module}.{name}", value)
+
     # How it answers.
 
     def _take(self, kind: str, method: str, path: str) -> dict[str, Any] | None:
@@ -263,106 +276,54 @@ class LocalHub:
         return None
 
     def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """What goes back for a request, whole."""
         away = headers.get("host") == urlsplit(self.elsewhere).netloc
+        token = None if away else headers.get("authorization", "").removeprefix("Bearer ") or None
         if what := self._take("fail", method, path):
             status, message = what["status"], what["message"] or f"Error {what['status']}"
-            return _error(status, message, **what["headers"])
-        answer = self._content(
-            method, path, None if away else headers.get("authorization"), body, away
-        )
-        if not away and answer.status == 200 and (what := self._take("redirect", method, path)):
-            to = what["to"]
-            linked = {"Location": to if urlsplit(to).path else to + path}
-            return Answer(302, answer.headers | linked)
-        return answer
-
-    def _content(
-        self, method: str, path: str, authorization: str | None, body: bytes, signed: bool
-    ) -> Answer:
-        parts = urlsplit(path)
-        query = {k: v[-1] for k, v in parse_qs(parts.query).items()}
-        token = (authorization or "").removeprefix("Bearer ") or None
-        match = _API.fullmatch(parts.path) or _FILE.fullmatch(parts.path)
+            return answer_error(status, message, **what["headers"])
         if token and token not in self.tokens | {r.token for r in self.repos.values()}:
-            return _error(401, "Invalid credentials in Authorization header")
-        if not match:
-            return _error(404, "Sorry, we can't find the page you are looking for.")
-        asked = {k: unquote(v) if v else "" for k, v in match.groupdict().items()}
+            return answer_error(401, "Invalid credentials in Authorization header")
+        where = urlsplit(path).path
+        if not (match := _API.fullmatch(where) or _FILE.fullmatch(where)):
+            return answer_error(404, "Sorry, we can't find the page you are looking for.")
+        asked = {name: unquote(value or "") for name, value in match.groupdict().items()}
         kind = "dataset" if asked["kind"].startswith("datasets") else "model"
         repo = self.repos.get((kind, asked["id"]))
-        if repo is None or (repo.private and token != repo.token and not signed):
-            # The client reads a bare 401 so over https alone; here it has to be said.
+        admitted = repo is not None and (away or repo.admits(token))
+        if repo is None or (repo.private and not admitted):
+            # The client reads a 401 without a code as a missing repository over https alone.
             if token:
-                return _error(404, "Repository not found", "RepoNotFound")
-            return _error(401, "Invalid username or password.", "RepoNotFound")
-        revision = asked["revision"] or "main"
-        commit = repo.resolve(revision)
+                return answer_error(404, "Repository not found", "RepoNotFound")
+            return answer_error(401, "Invalid username or password.", "RepoNotFound")
+        commit = repo.resolve(asked["revision"] or "main")
         if commit is None:
-            return _error(404, f"Invalid rev id: {revision}", "RevisionNotFound")
+            return answer_error(404, f"Invalid rev id: {asked['revision']}", "RevisionNotFound")
         if "verb" in asked:
-            return self._about(repo, commit, asked, query, path, body)
-        if repo.gated and token != repo.token and not signed:
-            said = f"Access to {kind} {repo.id} is restricted"
-            if token:
-                said += " and you are not in the authorized list."
-                said += f" Visit {self.url}/{repo.id} to ask for access."
-                return _error(403, said, "GatedRepo")
-            said += ". You must have access to it and be authenticated to access it. Please log in."
-            return _error(401, said, "GatedRepo")
-        file = repo.commits[commit].get(asked["path"])
-        about = {"X-Repo-Commit": commit}
-        if file is None:
-            return _error(404, "Entry not found", "EntryNotFound", **about)
-        about |= {"ETag": f'"{file.etag}"', "Accept-Ranges": "bytes"}
-        if file.lfs:
-            about |= {"X-Linked-Etag": f'"{file.etag}"', "X-Linked-Size": str(file.size)}
-        return Answer(200, about | {"Content-Type": "application/octet-stream"}, file)
+            query = parse_qs(urlsplit(path).query) | parse_qs(body.decode())
+            answer = repo.about(commit, asked["verb"], asked["path"].strip("/"), query)
+            return self._page(answer, path) if asked["verb"] == "tree" else answer
+        if repo.gated and not admitted:
+            return repo.closed(token)
+        answer = repo.file(commit, asked["path"])
+        if not away and answer.status == 200 and (what := self._take("redirect", method, path)):
+            to = what["to"] if urlsplit(what["to"]).path else what["to"] + path
+            return Answer(302, answer.headers | {"Location": to})
+        return answer
 
-    def _about(
-        self,
-        repo: Repo,
-        commit: str,
-        asked: dict[str, str],
-        query: dict[str, str],
-        path: str,
-        body: bytes,
-    ) -> Answer:
-        verb, expand = asked["verb"], query.get("expand", "").lower() == "true"
-        if verb == "tree":
-            deep = query.get("recursive", "").lower() in ("true", "1")
-            entries = repo.tree(commit, asked["path"].strip("/"), deep, expand)
-            if not entries and asked["path"]:
-                return _error(404, f"{asked['path']} does not exist", "EntryNotFound")
-            return self._page(entries, query, path)
-        if verb == "paths-info":
-            sent = parse_qs(body.decode())
-            expand = sent.get("expand") == ["true"]
-            every = {e["path"]: e for e in repo.tree(commit, "", True, expand)}
-            return _json([every[p] for p in sent["paths"] if p in every])
-        if verb == "refs":
-            branches, tags = (
-                [{"name": n, "ref": f"refs/{where}/{n}", "targetCommit": c} for n, c in x.items()]
-                for where, x in (("heads", repo.refs), ("tags", repo.tags))
-            )
-            return _json({"branches": branches, "tags": tags, "converts": [], "pullRequests": []})
-        if verb == "commits":
-            about = {"id": commit, "title": "Add files", "message": "", "authors": [], "date": DATE}
-            return _json([about])
-        if verb == "auth-check":
-            return _json({})
-        info = repo.info(commit, query.get("blobs", "").lower() in ("true", "1"))
-        if expand_only := parse_qs(urlsplit(path).query).get("expand"):
-            info = {k: v for k, v in info.items() if k in ("_id", "id", *expand_only)}
-        return _json(info)
-
-    def _page(self, entries: list[Any], query: dict[str, str], path: str) -> Answer:
+    def _page(self, answer: Answer, path: str) -> Answer:
+        """One page of a list, with a link to the next."""
+        query = dict(parse_qsl(urlsplit(path).query))
         start = int(query.get("cursor", 0))
-        stop = start + min(self.page_size, int(query.get("limit", self.page_size)))
-        following = {}
+        stop = start + self.page_size
+        entries = json.loads(answer.body) if answer.status == 200 else []
+        if len(entries) <= self.page_size:
+            return answer
+        page = answer_json(entries[start:stop])
         if stop < len(entries):
             to = f"{self.url}{urlsplit(path).path}?{urlencode(query | {'cursor': stop})}"
-            following = {"Link": f'<{to}>; rel="next"'}
-        return _json(entries[start:stop], **following)
+            page.headers["Link"] = f'<{to}>; rel="next"'
+        return page
 
 
 class _Handler(BaseHTTPRequestHandler):
