@@ -125,7 +125,7 @@ class Repo:
             return answer_json(entries)
         if verb == "paths-info":
             every = {e["path"]: e for e in self.tree(commit, "", True, "expand" in flags)}
-            return answer_json([every[p] for p in query["paths"] if p in every])
+            return answer_json([every[p] for p in query.get("paths", []) if p in every])
         if verb == "refs":
             branches, tags = (
                 [{"name": n, "ref": f"refs/{where}/{n}", "targetCommit": c} for n, c in x.items()]

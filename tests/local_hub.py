@@ -14,6 +14,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,8 +79,9 @@ class LocalHub:
         class Listener(ThreadingHTTPServer):
             daemon_threads, request_queue_size = True, 128
 
-            def handle_error(self, *_: Any) -> None:  # clients that have gone
-                pass
+            def handle_error(self, *args: Any) -> None:
+                if not isinstance(sys.exc_info()[1], OSError):  # a client that has gone
+                    super().handle_error(*args)
 
         self._http = Listener(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._http.server_port}"
@@ -104,9 +106,9 @@ class LocalHub:
     def add_model(self, id: str, folder: Path | None = None, **options: Any) -> str:
         """Add the files of `folder` and those of `extra`, a `Content`; see `add` for the rest."""
         files: dict[str, Any] = dict(options.pop("extra", {}))
-        for path in sorted(folder.rglob("*")) if folder else ():
-            if path.is_file():
-                files.setdefault(path.relative_to(folder).as_posix(), path)
+        if folder:
+            paths = (p for p in folder.rglob("*") if p.is_file())
+            files = {p.relative_to(folder).as_posix(): p for p in paths} | files
         return self.add("model", id, files, **options)
 
     def add_dataset(self, id: str, files: Content, **options: Any) -> str:
@@ -316,8 +318,8 @@ class LocalHub:
         query = dict(parse_qsl(urlsplit(path).query))
         start = int(query.get("cursor", 0))
         stop = start + self.page_size
-        entries = json.loads(answer.body) if answer.status == 200 else []
-        if len(entries) <= self.page_size:
+        entries = json.loads(answer.body) if isinstance(answer.body, bytes) else []
+        if answer.status != 200 or len(entries) <= self.page_size:
             return answer
         page = answer_json(entries[start:stop])
         if stop < len(entries):
