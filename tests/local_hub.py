@@ -187,7 +187,7 @@ class LocalHub:
         self._faults.append(_Fault("slow", pattern, times, None, what))
 
     def redirect(self, pattern: str, to: str | None = None, times: int | None = None) -> None:
-        """Send clients to another host, where the path is the same unless `to` has one.
+        """Send clients to another host for files; the path is the same there unless `to` has one.
 
         By default that host is this server by another name, which asks for no token: the `Host`
         and `Authorization` of what arrives there are in `requests`.
