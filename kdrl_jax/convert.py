@@ -2,7 +2,7 @@
 
     python -m kdrl_jax.convert --to=hf RUN OUTPUT [--step=N] [--dtype=bfloat16]
     python -m kdrl_jax.convert --to=peft RUN OUTPUT [--step=N]
-    python -m kdrl_jax.convert --to=orbax HF_FOLDER OUTPUT
+    python -m kdrl_jax.convert --to=orbax HF_FOLDER|OWNER/NAME[@REVISION] OUTPUT
 
 RUN is the folder a training run wrote, its `checkpoints` folder, or one checkpoint in it. What
 comes out of the first loads in `transformers`, vLLM and SGLang; what comes out of the last can be
@@ -25,9 +25,11 @@ from kdrl_jax.cli import run_entry
 from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import Decoder, save_hf, save_peft
 from kdrl_jax.models.hf_files import open_hf
+from kdrl_jax.models.hub import parse_hub_name
 from kdrl_jax.sharding import path_name
 from kdrl_jax.training.adapters import Base, open_weights, read_adapters, read_record
 from kdrl_jax.training.display import Display
+from kdrl_jax.training.locate import fetch_model, find_model
 from kdrl_jax.training.roles import keep_model, read_model_config
 from kdrl_jax.training.run_weights import is_run, split_step
 from kdrl_jax.training.streaming import counted, write_stored
@@ -83,7 +85,9 @@ def to_peft(run: Path, output: Path, step: int | None = None) -> Base:
         raise UserError(f"{run}: trained all weights, not adapters; use --to=hf")
     model = Decoder(read_model_config(run))
     adapters = read_adapters(run, model, record, step)
-    save_peft(output, model.config, record.lora, adapters, str(record.base.folder))
+    base = parse_hub_name(record.base.hub)
+    name, revision = (base.repo, base.revision) if base else (str(record.base.folder), None)
+    save_peft(output, model.config, record.lora, adapters, name, revision)
     return record.base
 
 
@@ -103,20 +107,27 @@ def _find_run(run: Path, step: int | None, output: Path) -> tuple[Path, int | No
     return run, step
 
 
-def to_orbax(folder: Path, output: Path) -> None:
+def to_orbax(source: str | Path, output: Path) -> None:
     """Write a Hugging Face folder as a run's folder: `model/` and one Orbax checkpoint.
 
     Weights keep the dtype they are stored in; it is whoever restores them that casts.
 
+    Args:
+      source: a folder, or a model of the hub, OWNER/NAME[@REVISION].
+      output: must not exist, or be an empty folder.
+
     Raises:
       UserError: not a model folder, or `output` is in use.
     """
-    problems = _check_output(output)
-    if not folder.is_dir():
-        problems.append(f"{folder}: no such folder; give a Hugging Face folder")
+    problems, display = _check_output(output), Display()
+    try:
+        find_model("FROM", str(source))
+    except UserError as error:
+        problems += error.problems
     if problems:
         raise UserError(*problems)
-    with Display().loading("weights") as progress, open_hf(folder) as (config, arrays):
+    folder = fetch_model("FROM", str(source), display)
+    with display.loading("weights") as progress, open_hf(folder) as (config, arrays):
         tokenizer = load_tokenizer(folder)
         params = jax.tree_util.tree_map_with_path(
             lambda path, _: arrays[path_name(path)], Decoder(config).shapes()
@@ -146,7 +157,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", required=True, choices=("hf", "peft", "orbax"), help="the format to convert into"
     )
-    parser.add_argument("source", type=Path, metavar="FROM", help="a run's or Hugging Face folder")
+    parser.add_argument(
+        "source", metavar="FROM", help="a run's or Hugging Face folder, or a model of the hub"
+    )
     parser.add_argument("output", type=Path, metavar="OUTPUT", help="a folder that is yet to be")
     parser.add_argument("--step", type=int, help="to hf, peft: which checkpoint (default: newest)")
     parser.add_argument("--dtype", choices=DTYPES, help="to hf: of the stored weights")
@@ -156,10 +169,10 @@ def main(argv: list[str] | None = None) -> None:
         also = {"--step": "hf or --to=peft", "--dtype": "hf"}
         raise UserError(*(f"{x}: goes with --to={also[x]} only; leave it out" for x in given))
     if args.to == "hf":
-        to_hf(args.source, args.output, args.step, args.dtype)
+        to_hf(Path(args.source), args.output, args.step, args.dtype)
     elif args.to == "peft":
-        base = to_peft(args.source, args.output, args.step)
-        print(f"adapters of {base.folder}" + _how_to_read(base))
+        base = to_peft(Path(args.source), args.output, args.step)
+        print(f"adapters of {base.hub or base.folder}" + _how_to_read(base))
     else:
         to_orbax(args.source, args.output)
     print(f"written: {args.output}")

@@ -76,7 +76,7 @@ def measure(
         output that other settings made.
     """
     display, tokenizer = Display(), policy.tokenizer()
-    name = name or policy.folder.name + (f"@{policy.step}" if policy.step is not None else "")
+    name = name or policy.name
     problems, found = read_problems(data, config.data.fields, on_bad=config.data.on_bad)
     display.say(str(found))
     longest = config.data.max_prompt_tokens
@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
         problems.append(f"--output: {args.output} must end in .jsonl, which says how it is read")
     policy = None
     try:
-        policy = find_policy(args.model, "--model")
+        policy = find_policy(args.model, "--model", offline=config.offline, display=Display())
     except UserError as error:
         problems += error.problems
     if problems or policy is None:

@@ -3,11 +3,11 @@
     python -m kdrl_jax.evaluate --config=configs/stage2.py --checkpoint=runs/stage2 \\
         --benchmarks=math500,aime24 --data_dir=FOLDER --output=runs/stage2/evaluation
 
-The checkpoint is a run's folder (its newest checkpoint), RUN/checkpoints/STEP or a Hugging Face
-folder; for a run, --config may be left out: its own config.json serves. From the config come
-student.dtype, data.prompt_style, data.prompt_buckets, rollout.max_new_tokens, rollout.slots,
-eval.temperature (top-p is 1), eval.batch, reward.*, mesh.*, rollout_mesh.*, seed; any of them may
-be set by --config.KEY=VALUE.
+The checkpoint is a run's folder (its newest checkpoint), RUN/checkpoints/STEP, a Hugging Face
+folder or a model of the hub, OWNER/NAME[@REVISION]; for a run, --config may be left out: its own
+config.json serves. From the config come student.dtype, data.prompt_style, data.prompt_buckets,
+rollout.max_new_tokens, rollout.slots, eval.temperature (top-p is 1), eval.batch, reward.*, mesh.*,
+rollout_mesh.*, seed; any of them may be set by --config.KEY=VALUE.
 
 Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugging Face hub at the
 revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
@@ -238,8 +238,13 @@ def main(argv: list[str] | None = None) -> None:
         for name in ("checkpoint", "output"):
             if not getattr(args, name):
                 wrong.append(f"--{name}: missing; see --help")
-        policy = args.checkpoint and wrong.attempt(find_policy, args.checkpoint)
-        config = wrong.attempt(_read_config, args.config, policy, overrides)
+        if args.config:
+            config = wrong.attempt(_read_config, args.config, None, overrides)
+        if args.checkpoint:
+            where = {"offline": config is not None and config.offline, "display": Display()}
+            policy = wrong.attempt(find_policy, args.checkpoint, **where)
+        if not args.config:
+            config = wrong.attempt(_read_config, None, policy, overrides)
     if not args.data_dir:
         wrong.raise_any()  # before anything is downloaded
     if args.data_dir and not args.data_dir.is_dir():

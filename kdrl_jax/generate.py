@@ -5,7 +5,8 @@
     python -m kdrl_jax.generate --model=FOLDER --file=problems.jsonl --output=answers.jsonl
     python -m kdrl_jax.generate --model=STUDENT --beside=TEACHER --prompt=… --logprobs
 
-A model is a Hugging Face folder, a run's folder (its newest checkpoint) or RUN/checkpoints/STEP.
+A model is a Hugging Face folder, a run's folder (its newest checkpoint), RUN/checkpoints/STEP, or
+one of the hub, OWNER/NAME[@REVISION], which is downloaded into the hub's cache.
 Settings that are not given are those of the run, else --temperature=0.6, no truncation,
 --max_new_tokens=1024 and the tokenizer's chat template, if it has one. Answers are drawn by the
 engine that training uses: an answer depends on seed, prompt, its number and sample alone.
@@ -40,7 +41,7 @@ from kdrl_jax.generation.screen import Screen
 from kdrl_jax.generation.show import CompileNotice
 from kdrl_jax.rollout import DRAWING
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.training.display import log_kind
+from kdrl_jax.training.display import Display, log_kind
 from kdrl_jax.training.roles import mesh_problems
 from kdrl_jax.types import Problem, UserError
 
@@ -134,14 +135,16 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
 def _policies(args: argparse.Namespace, wrong: Refusals) -> list[PolicyFolder]:
     found = []
     for option, folder in (("--model", args.model), ("--beside", args.beside)):
-        if folder is not None and (policy := wrong.attempt(find_policy, folder, option)):
+        if folder is not None and (
+            policy := wrong.attempt(find_policy, folder, option, display=Display())
+        ):
             found.append(policy)
     return found
 
 
 def _names(policies: Sequence[PolicyFolder]) -> list[str]:
     """Short names of the models that tell them apart."""
-    short = [p.folder.resolve().name + (f"@{p.step}" if p.step else "") for p in policies]
+    short = [policy.name for policy in policies]
     return short if len(set(short)) == len(short) else [str(p) for p in policies]
 
 

@@ -3,8 +3,9 @@
     python -m kdrl_jax.plan --config=configs/stage2.py --topology=v5p:4x4x4 [--check] \
         [--config.key=value …] [--compile=all|none|update,…] [--output=FILE.json]
 
-Needs no data, no tokenizer and no model's folder: where `student.path` is empty the shape in
-`student.shape` counts, likewise the teacher's. TPUs are v4, v5e, v5p and v6e, by shape (v5e:16x16)
+Needs no data, no tokenizer and no weights. Of a model of the hub config.json is downloaded; where
+`student.path` is empty, or the hub is out of reach, the shape in `student.shape` counts, likewise
+the teacher's. TPUs are v4, v5e, v5p and v6e, by shape (v5e:16x16)
 or by type (v5p-32, which counts cores); their compiler, libtpu (extra `tpu`), runs anywhere, and
 gives its own account of memory, collectives and time of a step's programs. GPUs are a100-40,
 a100-80, h100, h200 and b200, as in h100:8: estimated from shapes, and compiled where they are

@@ -36,6 +36,13 @@ from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.health import Health
 from kdrl_jax.training.host_memory import share_arenas
 from kdrl_jax.training.learner import Learner, Weights
+from kdrl_jax.training.locate import (
+    fetch_models,
+    model_name,
+    recorded_models,
+    used_keys,
+    with_folders,
+)
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
 from kdrl_jax.training.metrics import unlock_folder
@@ -83,6 +90,16 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     processes.agree("--config", {"configuration": digest(config.to_dict())})
     set_offline(config.offline)
     display = Display(quiet=not processes.is_first())
+    display.say(f"run: {workdir}")
+    with processes.together():
+        models = fetch_models(
+            used_keys(config),
+            display,
+            offline=config.offline,
+            recorded=recorded_models(workdir),
+        )
+    processes.agree("models", {key: model_name(folder) for key, folder in models.items()})
+    named, config = config, with_folders(config, models)
 
     # --- Mesh ----------------------------------------------------------------------------------
     with processes.together():
@@ -109,7 +126,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         sampler_model = dataclasses.replace(student, dtype=sizes.rollout_dtype)
         server = connect(config, sampler_model, tokenizer, problems, workdir, display)
         meter = Meter(*job, display)
-    store = open_workdir(workdir, config, shapes["student"], tokenizer, data_report)
+    store = open_workdir(workdir, named, models, shapes["student"], tokenizer, data_report)
     start = store.latest_step()
     processes.agree(str(workdir), {"newest checkpoint": str(start)})
     teacher = reference = base = None
@@ -185,7 +202,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # --- Loop ----------------------------------------------------------------------------------
     health = Health(config.health.to_dict(), sizes.method, config.kd_mask, watched)
-    book = Run(config, workdir, start, store, display, data_digest, trend, health, memory, meter)
+    book = Run(named, workdir, start, store, display, data_digest, trend, health, memory, meter)
     grading, judging = make_grader(config, config.data.task), make_reward_functions(config)
     with (
         processes.explained(),

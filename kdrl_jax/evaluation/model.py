@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, load_tokenizer
 from kdrl_jax.models import Decoder, ModelConfig
+from kdrl_jax.models.hub import hub_model_of
 from kdrl_jax.models.lora import join
 from kdrl_jax.training.adapters import (
     frozen_dtypes,
@@ -23,6 +24,7 @@ from kdrl_jax.training.adapters import (
 )
 from kdrl_jax.training.checkpoints import stored_steps
 from kdrl_jax.training.display import Display
+from kdrl_jax.training.locate import fetch_model, model_name
 from kdrl_jax.training.roles import model_folder, read_model_config
 from kdrl_jax.training.run_weights import split_step
 from kdrl_jax.types import Params, UserError
@@ -37,10 +39,20 @@ class PolicyFolder:
     """Which checkpoint of a run; None: the folder is a Hugging Face one."""
 
     def __str__(self) -> str:
-        return str(self.folder) if self.step is None else f"{self.folder} (step {self.step})"
+        name = model_name(self.folder)
+        return name if self.step is None else f"{name} (step {self.step})"
+
+    @property
+    def name(self) -> str:
+        """A short name: the folder's, with the step of a run, or the hub's without the owner."""
+        if model := hub_model_of(self.folder):
+            return model.repo.partition("/")[2]
+        return self.folder.resolve().name + (f"@{self.step}" if self.step else "")
 
     def digest(self) -> str:
         """Names the weights by the files' names, sizes and times, without reading them."""
+        if model := hub_model_of(self.folder):
+            return digest(str(model))
         where = self.folder
         where = where / "checkpoints" / str(self.step) if self.step is not None else where
         files = [p for p in sorted(where.rglob("*")) if p.is_file()]
@@ -56,19 +68,27 @@ class PolicyFolder:
         return load_tokenizer(model_folder(self.folder))
 
 
-def find_policy(path: str | Path, option: str = "--checkpoint") -> PolicyFolder:
-    """What `path` names: a Hugging Face folder, a run's folder (its newest checkpoint), or one
-    checkpoint of a run, RUN/checkpoints/STEP.
+def find_policy(
+    path: str | Path,
+    option: str = "--checkpoint",
+    *,
+    offline: bool = False,
+    display: Display | None = None,
+) -> PolicyFolder:
+    """Returns what `path` names: a Hugging Face folder, a run's folder (its newest checkpoint), one
+    checkpoint of a run, RUN/checkpoints/STEP, or a model of the hub, OWNER/NAME[@REVISION], which
+    is downloaded if the cache lacks it.
 
     Args:
       option: what the path was given by, for errors.
+      offline: takes a model of the hub from the cache alone.
+      display: shows a download.
 
     Raises:
-      UserError: no such folder, no model in it, or no whole checkpoint.
+      UserError: no such folder or model, no model in it, or no whole checkpoint.
     """
-    if not Path(path).is_dir():
-        raise UserError(f"{option}: no folder {path}; give a Hugging Face folder or a run's")
-    folder, step = split_step(Path(path))
+    display = display or Display(quiet=True)
+    folder, step = split_step(fetch_model(option, str(path), display, offline=offline))
     if not (model_folder(folder) / "config.json").is_file():
         raise UserError(
             f"{option}: {path} holds no config.json of a model; give a Hugging Face folder or "

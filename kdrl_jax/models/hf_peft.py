@@ -32,6 +32,7 @@ def save_peft(
     lora: LoRA,
     adapters: Params,
     base: str,
+    revision: str | None = None,
 ) -> None:
     """Write a folder that `peft.PeftModel.from_pretrained(model, folder)` reads.
 
@@ -39,10 +40,11 @@ def save_peft(
       config: of the model that they are adapters of.
       adapters: host arrays, stacked over layers.
       base: the model's folder, or name on the hub, to be written down.
+      revision: of `base` on the hub.
     """
     with whole_folder(Path(folder)) as partial:
         save_file(peft_tensors(config, adapters), partial / WEIGHTS, metadata={"format": "pt"})
-        write_json(partial / CONFIG, peft_config(lora, base))
+        write_json(partial / CONFIG, peft_config(lora, base, revision))
 
 
 def peft_tensors(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]:
@@ -61,12 +63,13 @@ def peft_tensors(config: ModelConfig, adapters: Params) -> dict[str, np.ndarray]
     return found
 
 
-def peft_config(lora: LoRA, base: str) -> dict[str, Any]:
+def peft_config(lora: LoRA, base: str, revision: str | None = None) -> dict[str, Any]:
     """What adapter_config.json says."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
+        "revision": revision,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "target_modules": list(lora.targets),

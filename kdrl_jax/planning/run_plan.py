@@ -9,11 +9,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from kdrl_jax.config import CONFIGS, load_config
 from kdrl_jax.planning.compiled import Compiled, compile_program
 from kdrl_jax.planning.machines import Machine, devices_of
 from kdrl_jax.planning.programs import lowered_programs
 from kdrl_jax.planning.speed import Speed, Speeds
 from kdrl_jax.tasks.registry import get_task
+from kdrl_jax.training.display import Display
+from kdrl_jax.training.locate import fetch_model, used_keys, with_folders
 from kdrl_jax.training.memory import GIB, Plan, human
 from kdrl_jax.training.memory_check import LEARNING, SAMPLING, MemoryCheck
 from kdrl_jax.training.meshes import make_meshes
@@ -112,6 +115,7 @@ def make_run_plan(
       UserError: the config cannot work on so many devices, or `required`.
     """
     sizes = validate(config, sources=False)
+    config = with_known_shapes(config, report)
     devices, why = devices_of(machine) if programs else (None, "not asked for")
     meshes = make_meshes(config, devices, count=None if devices else machine.count)
     if meshes.apart and devices:
@@ -119,7 +123,7 @@ def make_run_plan(
     if required and why:
         raise UserError(f"--compile: {machine.name}: {why}; use --compile=none")
     ids = known_ids(config, sizes)
-    shapes = check_shapes(config, sizes, ids, meshes)
+    shapes = check_shapes(config, sizes, ids, meshes, weights=False)
     limit = config.memory_gib * GIB or machine.limit
     job = (config, sizes, shapes, meshes)
     check = MemoryCheck(*job, limit=limit)
@@ -144,6 +148,35 @@ def make_run_plan(
         speed=Speeds(*job, machine, compiled).phases(),
         learnt=sizes.rollouts * config.rollout.max_new_tokens,
     )
+
+
+def with_known_shapes(config: ConfigDict, report: Callable[[str], None]) -> ConfigDict:
+    """Returns a copy of `config` with a folder, or no path at all, for each model of the hub.
+
+    The model's config.json is downloaded, and no weights. Where the hub is out of reach the shape
+    in the config counts, if the config has one for this model.
+
+    Raises:
+      UserError: there is no such model, or neither a way to it nor a shape.
+    """
+    display, folders, problems = Display(quiet=True), {}, []
+    usual = load_config(CONFIGS / "base.py")
+    for key, text in used_keys(config).items():
+        try:
+            folders[key] = str(
+                fetch_model(key, text, display, offline=config.offline, weights=False)
+            )
+        except UserError as error:
+            role = key.partition(".")[0]
+            if key == "tokenizer" or config[role].shape == usual[role].shape:
+                problems += error.problems
+                continue
+            reason = error.problems[0].partition(";")[0]
+            report(f"{reason}: planned with {role}.shape")
+            folders[key] = ""
+    if problems:
+        raise UserError(*problems)
+    return with_folders(config, folders)
 
 
 def known_ids(config: ConfigDict, sizes: Sizes) -> int:

@@ -24,6 +24,7 @@ from kdrl_jax.config import digest
 from kdrl_jax.models import Decoder, ModelConfig, load_hf
 from kdrl_jax.models.checksums import THREADS, digest_of, read_sums
 from kdrl_jax.models.hf_files import open_hf
+from kdrl_jax.models.hub import Hub, hub_model_of, parse_hub_name
 from kdrl_jax.models.lora import (
     ALL_LINEAR,
     TARGETS,
@@ -97,11 +98,13 @@ class Base:
       folder: a Hugging Face or run folder, absolute.
       step: which checkpoint of a run; None: it is a Hugging Face folder.
       digest: of the content, see `weights_digest`.
+      hub: OWNER/NAME@COMMIT of a model that came from the hub; "" for any other.
     """
 
     folder: Path
     step: int | None
     digest: str
+    hub: str = ""
 
     @classmethod
     def of(cls, folder: Path, step: int | None = None) -> Base:
@@ -116,7 +119,24 @@ class Base:
             if step not in steps:
                 wanted = "whole checkpoint" if step is None else f"checkpoint {step} any more"
                 raise UserError(f"{folder}: holds no {wanted}; there are {steps}; copy it back")
-        return cls(folder.absolute(), step, weights_digest(folder, step))
+        hub = str(hub_model_of(folder) or "")
+        return cls(folder.absolute(), step, weights_digest(folder, step), hub)
+
+    def found(self) -> Base:
+        """Returns this with the folder where the weights are on this machine.
+
+        A model of the hub may be in another cache than the run's; it is downloaded if it is in
+        none.
+
+        Raises:
+          UserError: it cannot be had.
+        """
+        name = parse_hub_name(self.hub)
+        if name is None or self.folder.is_dir():
+            return self
+        with processes.together():
+            model = Hub().fetch({str(FILE): name})[str(FILE)]
+        return dataclasses.replace(self, folder=model.folder)
 
     def require(self, where: Path) -> None:
         """Refuse weights that have gone or changed; the first process looks.
@@ -257,8 +277,9 @@ def load_base(
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> Params:
     """The weights that a run's adapters belong to; see `load_weights`."""
-    record.base.require(record.file)
-    return load_weights(record.base.folder, model, mesh, dtype, record.base.step, progress)
+    base = record.base.found()
+    base.require(record.file)
+    return load_weights(base.folder, model, mesh, dtype, base.step, progress)
 
 
 def restore_adapters(folder: Path, model: Decoder, mesh: Mesh, step: int | None) -> Params:
@@ -311,8 +332,9 @@ def open_weights(folder: Path, model: Decoder, step: int | None = None) -> Itera
             yield find_params(folder, model.shapes(), step)[1]
             return
         adapters = read_adapters(folder, model, record, step)
-        record.base.require(record.file)
-        base = open_weights(record.base.folder, model, record.base.step)
+        place = record.base.found()
+        place.require(record.file)
+        base = open_weights(place.folder, model, place.step)
         yield merged_stored(stack.enter_context(base), adapters, record.lora.scale)
 
 
@@ -337,4 +359,4 @@ def check_run(folder: Path, model: Decoder) -> None:
         find_params(folder, model.shapes())
         return
     find_params(folder, adapter_shapes(dataclasses.replace(model, lora=record.lora)))
-    record.base.require(record.file)
+    record.base.found().require(record.file)

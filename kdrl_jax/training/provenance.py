@@ -16,32 +16,36 @@ from ml_collections import ConfigDict
 import kdrl_jax
 from kdrl_jax.config import ROOT, digest
 from kdrl_jax.models.checksums import SUMS, digest_of
+from kdrl_jax.training.locate import PROVENANCE, model_name
 from kdrl_jax.training.roles import model_folder
 from kdrl_jax.training.storage import write_atomic
 
-FILE = "provenance.json"
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "transformers")
 
 
-def add_provenance(workdir: Path, config: ConfigDict, data: Mapping[str, Any]) -> None:
+def add_provenance(
+    workdir: Path, config: ConfigDict, models: Mapping[str, Path], data: Mapping[str, Any]
+) -> None:
     """Add this start to `workdir/provenance.json`, unless it is as the one before.
 
     Args:
+      models: the folders of the models that are read, by config key.
       data: the run's data report; of the hub's data sets the commits are taken.
     """
-    file = workdir / FILE
+    file = workdir / PROVENANCE
     try:
         starts = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         starts = []
-    roles = {"student": config.student.path, "teacher": config.teacher.path}
     sources = {what: found for what, found in data.items() if "commit" in found}
     start = {
         "kdrl_jax": {"version": kdrl_jax.__version__, "commit": code_commit()},
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "config": digest(config.to_dict()),
-        "models": {role: model_facts(path) for role, path in roles.items() if path},
+        "models": {
+            key.removesuffix(".path"): model_facts(folder) for key, folder in models.items()
+        },
         "data": {k: {"path": v["path"], "commit": v["commit"]} for k, v in sources.items()},
     }
     if own := own_code(config):
@@ -62,10 +66,12 @@ def own_code(config: ConfigDict) -> dict[str, str]:
     return found
 
 
-def model_facts(path: str) -> dict[str, str]:
-    """A model's folder and the SHA-256 of its config.json and, if it has one, its SHA256SUMS."""
-    found = {"path": path}
-    for file in (model_folder(path) / "config.json", Path(path) / SUMS):
+def model_facts(folder: Path) -> dict[str, str]:
+    """A model's folder, or its name and commit on the hub, and the SHA-256 of its config.json and,
+    if it has one, its SHA256SUMS.
+    """
+    found = {"path": model_name(folder)}
+    for file in (model_folder(folder) / "config.json", folder / SUMS):
         if file.is_file():
             found[file.name] = digest_of(file)
     return found

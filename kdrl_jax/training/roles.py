@@ -106,9 +106,13 @@ def check_roles(
 
 
 def check_shapes(
-    config: ConfigDict, sizes: Sizes, ids: int, meshes: Meshes
+    config: ConfigDict, sizes: Sizes, ids: int, meshes: Meshes, *, weights: bool = True
 ) -> dict[str, ModelConfig]:
-    """`check_roles` without a tokenizer, of which only the number of `ids` counts."""
+    """`check_roles` without a tokenizer, of which only the number of `ids` counts.
+
+    Args:
+      weights: whether the models' weights must be in their folders; a plan does without.
+    """
     window = config.data.max_prompt_tokens + config.rollout.max_new_tokens
     roles = ["student", "teacher"] if sizes.method.uses_teacher else ["student"]
     shapes = {name: model_config(config[name], ids, window) for name in roles}
@@ -133,7 +137,7 @@ def check_shapes(
         )
     problems += rank_problems(sizes.lora, shapes["student"])
     for name in roles:
-        if config[name].path:
+        if config[name].path and weights:
             problems += check_weights(config[name].path, Decoder(shapes[name]))
     of: dict[str, tuple[str, Mesh]]
     of = {"mesh": ("student", meshes.student), "rollout_mesh": ("student", meshes.rollout)}

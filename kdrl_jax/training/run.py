@@ -45,11 +45,16 @@ from kdrl_jax.types import Scores, TrainState, UserError
 def open_workdir(
     workdir: Path,
     config: ConfigDict,
+    models: Mapping[str, Path],
     shape: ModelConfig,
     tokenizer: Tokenizer,
     data_report: Mapping[str, Any],
 ) -> CheckpointStore:
     """Take hold of a run's folder, and write down in it what is run.
+
+    Args:
+      config: with the models' names as the user gave them.
+      models: their folders, by key.
 
     Raises:
       UserError: another run holds it, or processes do not share it.
@@ -64,8 +69,8 @@ def open_workdir(
             (workdir / BASE_FILE).unlink(missing_ok=True)
         write_atomic(workdir / "config.json", to_json(config))
         write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
-        write_model_files(workdir, shape, tokenizer, config.student.path)
-        add_provenance(workdir, config, data_report)
+        write_model_files(workdir, shape, tokenizer, models.get("student.path"))
+        add_provenance(workdir, config, models, data_report)
         if processes.count() > 1:
             write_atomic(nonce, uuid.uuid4().hex)
 

@@ -30,6 +30,7 @@ from kdrl_jax.objectives import (
 from kdrl_jax.tasks.registry import get_task, task_args
 from kdrl_jax.training.adapters import lora_of, lora_problems
 from kdrl_jax.training.health import THRESHOLDS, WATCHES
+from kdrl_jax.training.locate import MODEL_KEYS, find_model
 from kdrl_jax.training.own_code import own_code_problems
 from kdrl_jax.training.safety import safety_problems, server_problems, without_secrets
 from kdrl_jax.training.wandb_run import wandb_problems
@@ -235,8 +236,8 @@ def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
     taught = objective in METHODS and METHODS[objective].uses_teacher
     if taught and not (flat["teacher.path"] or flat["teacher.sft.steps"]):
         yield (
-            f"teacher.path: empty, and objective={objective!r} needs a teacher; give a folder, "
-            "set teacher.sft.steps to make one, or use objective='grpo'"
+            f"teacher.path: empty, and objective={objective!r} needs a teacher; give a folder or "
+            "a model of the hub, set teacher.sft.steps to make one, or use objective='grpo'"
         )
     yield from _task_problems(flat)
     yield from own_code_problems(flat)
@@ -244,10 +245,9 @@ def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
         local = flat[key] and "://" not in flat[key] and not any(c in flat[key] for c in "*?[")
         if local and not Path(flat[key]).exists():
             yield f"{key}: no file {flat[key]}"
-    for key in ("student.path", "teacher.path", "tokenizer"):
-        needed = key != "teacher.path" or flat["objective"] != "grpo"
-        if flat[key] and needed and not Path(flat[key]).is_dir():
-            yield f"{key}: no folder {flat[key]}; give a Hugging Face model folder or a run's"
+    for key in MODEL_KEYS:
+        if flat[key] and (key != "teacher.path" or taught):
+            yield from _problems_of(find_model, key, flat[key])
 
 
 def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
@@ -321,7 +321,7 @@ def _task_problems(flat: dict[str, Any]) -> Iterator[str]:
                     "solutions; set it to 0"
                 )
     if not flat["student.path"] and not name:
-        yield "student.path: empty, which needs data.task; give a model folder"
+        yield "student.path: empty, which needs data.task; give a folder or a model of the hub"
     elif not flat["student.path"] and not wrong and get_task(name).alphabet is None:
         yield f"student.path: empty, and task {name!r} has no tokenizer; give a model folder"
 
