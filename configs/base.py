@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 def model(**overrides) -> ConfigDict:
     """The keys of one model role, student or teacher."""
     c = ConfigDict()
-    # A Hugging Face folder or the folder of a finished run; "" builds `shape` with random weights.
+    # A Hugging Face folder, a run's folder (its newest checkpoint), or a model of the Hugging Face
+    # hub, OWNER/NAME or OWNER/NAME@REVISION, which is downloaded once. 'A or B': the first that is
+    # a folder with a model in it, else the last. "" builds `shape` with random weights.
     c.path = ""
     # Used only where path is "": a model of this shape, with the embedded SentencePiece tokenizer;
     # and by `kdrl_jax.plan`. configs/shapes.py has those of published models.
@@ -107,7 +109,7 @@ def get_config() -> ConfigDict:
     c.student.lora.targets = ("all-linear",)
     c.teacher = model(remat="none")
     c.teacher.offload = False  # its weights wait in host memory while they are not used
-    c.tokenizer = ""  # folder; "": the student's
+    c.tokenizer = ""  # folder or model of the hub; "": the student's
     # data and fsdp split the batch, fsdp the weights as well; tensor splits heads, MLP and
     # vocabulary; context splits the length of rows that are scored and trained on.
     c.mesh = mesh(data=1, fsdp=-1, tensor=1, context=1)

@@ -1,7 +1,6 @@
 """GRPO alone on stage 2's data (2506.02208, table 1): the baseline without a teacher.
 
-    python -m kdrl_jax.train --config=configs/grpo.py --config.student.path=DeepScaleR-1.5B-8K \\
-        --config.data.eval_path=aime24.jsonl
+    python -m kdrl_jax.train --config=configs/grpo.py
 
 Not run yet at this scale; the paper measured 54.6 on average.
 """

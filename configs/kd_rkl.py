@@ -1,8 +1,6 @@
 """Distillation alone on stage 2's data (2506.02208, table 1): reverse KL, all advantages 0.
 
-    python -m kdrl_jax.train --config=configs/kd_rkl.py \\
-        --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \\
-        --config.data.eval_path=aime24.jsonl
+    python -m kdrl_jax.train --config=configs/kd_rkl.py
 
 β is constant at 5e-3, as the paper states it for its zero-RL KD-RKL. Not run yet at this scale;
 the paper measured 56.1 on average.

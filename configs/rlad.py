@@ -1,17 +1,17 @@
 """RLAD on Knights and Knaves (arXiv 2602.22495): the teacher within the ratio, TRRD.
 
-    python -m kdrl_jax.train --config=configs/rlad.py \\
-        --config.student.path=Qwen3-0.6B --config.teacher.path=Qwen3-8B
+    python -m kdrl_jax.train --config=configs/rlad.py
 
+The student is Qwen3-0.6B and the teacher Qwen3-8B, from the hub.
 32 puzzles x 8 rollouts a step, in 8 updates of 32 rollouts. `rlad.py:grpo` and `rlad.py:kdrl` are
-its rivals, `rlad.py:8k` the longer budget; `rlad.py:math` is the mathematics setting and needs a
-`--config.data.eval_path`. β of KDRL is this project's choice. Not run yet at this scale; the paper
+its rivals, `rlad.py:8k` the longer budget; `rlad.py:math` is the mathematics setting (extra
+`data`). β of KDRL is this project's choice. Not run yet at this scale; the paper
 measured 0.94 at 8K tokens against 0.92 for KDRL and 0.76 for GRPO.
 """
 
+from configs import sources
 from configs.base import get_config as base
 from configs.shapes import QWEN3_0_6B, QWEN3_8B
-from configs.sources import SKYWORK
 
 VARIANTS = {
     "8k": {"rollout.max_new_tokens": 8192},
@@ -20,7 +20,8 @@ VARIANTS = {
     "straight_through": {"trrd.clamp_gradient": "straight_through"},
     "math": {
         "data.task": "",
-        "data.path": SKYWORK,
+        "data.path": sources.SKYWORK,
+        "data.eval_path": sources.AIME24,
         "data.on_bad": "drop",
         "data.prompt_style": "kdrl",
         "data.max_prompt_tokens": 2048,
@@ -34,7 +35,9 @@ VARIANTS = {
 
 def get_config():
     c = base()
+    c.student.path = sources.QWEN3_0_6B
     c.student.shape.update(QWEN3_0_6B)
+    c.teacher.path = sources.QWEN3_8B
     c.teacher.shape.update(QWEN3_8B)
     c.objective = "trrd"
     c.aggregation = "seq-mean-token-mean"

@@ -1,8 +1,6 @@
 """Rejection sampling (2506.02208, table 1, SFT): cross-entropy on the teacher's right answers.
 
-    python -m kdrl_jax.train --config=configs/sft.py \\
-        --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \\
-        --config.data.eval_path=aime24.jsonl
+    python -m kdrl_jax.train --config=configs/sft.py
 
 The teacher answers 32 problems 4 times a step; the right ones of these 128 responses are trained
 on, each weighing the same. Not run yet at this scale; the paper measured 51.5 on average.

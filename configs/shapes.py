@@ -27,4 +27,7 @@ QWEN25_32B = _shape("qwen2", 5120, 64, 40, 8, 27_648, vocab_size=152_064)
 R1_DISTILL_QWEN_1_5B = _shape("qwen2", 1536, 28, 12, 2, 8960)
 R1_DISTILL_QWEN_7B = QWEN25_7B
 QWEN3_0_6B = _shape("qwen3", 1024, 28, 16, 8, 3072, tie_embeddings=True)
+SMOLLM2_135M = _shape(
+    "llama", 576, 30, 9, 3, 1536, head_dim=64, vocab_size=49_152, tie_embeddings=True
+)
 QWEN3_8B = _shape("qwen3", 4096, 36, 32, 8, 12_288)

@@ -1,10 +1,11 @@
 """Stage 2 of the paper (2506.02208, section 4), the main experiment: KDRL-Annealing.
 
-    python -m kdrl_jax.train --config=configs/stage2.py \\
-        --config.student.path=DeepScaleR-1.5B-8K --config.teacher.path=Skywork-OR1-Math-7B \\
-        --config.data.eval_path=aime24.jsonl
+    python -m kdrl_jax.train --config=configs/stage2.py
 
-The data are Skywork-OR1's, from the hub (extra `data`), filtered as in the paper. With data of
+The student is what `stage1.py` makes: `runs/stage1` where that is, else the published model of that
+family, DeepScaleR-1.5B-Preview, which its authors trained further, to 24K tokens. The teacher is
+Skywork-OR1-Math-7B. The data are Skywork-OR1's, filtered as in the paper; held-out problems are
+AIME24's. All of it comes from the hub (extra `data`), unless a path says otherwise. With data of
 one's own, `'--config.data.filters=()'`, or labels by `python -m kdrl_jax.difficulty`.
 
 β falls from 5e-3 to 1e-3 by 5e-5 a step. `--config=configs/stage2.py:VARIANT` is another row or
@@ -16,9 +17,9 @@ scale; no time or result is claimed. The paper measured 57.2 on average over six
 54.6 for GRPO.
 """
 
+from configs import sources
 from configs.base import get_config as base
 from configs.shapes import QWEN25_7B, QWEN25_32B, R1_DISTILL_QWEN_1_5B, R1_DISTILL_QWEN_7B
-from configs.sources import SKYWORK
 from kdrl_jax.data.filters import STAGE2_FILTERS
 
 _CONSTANT = {"beta.schedule": "constant", "beta.init": 2e-3}
@@ -41,9 +42,9 @@ VARIANTS = {
     },
     # A slice of 256 chips: four share the length of a row, as a micro-batch has 64.
     "v5e_256": {"mesh.context": 4},
-    # A student of 7B on one GPU of 80 GB: adapters, and a teacher that waits in host memory. The
-    # shape is for `kdrl_jax.plan`; a run takes that of its student.path.
+    # A student of 7B on one GPU of 80 GB: adapters, and a teacher that waits in host memory.
     "lora_7b": {
+        "student.path": sources.R1_DISTILL_7B,
         **{f"student.shape.{key}": size for key, size in QWEN25_7B.items()},
         "student.lora.rank": 32,
         "optimizer.learning_rate": 1e-5,
@@ -51,17 +52,23 @@ VARIANTS = {
         "rollout.slots": 16,
         "micro_batch": 2,
     },
-    # Of this shape for `kdrl_jax.plan`; a run takes that of its teacher.path.
-    "teacher_32b": {f"teacher.shape.{key}": size for key, size in QWEN25_32B.items()},
+    "teacher_32b": {
+        "teacher.path": sources.SKYWORK_32B,
+        **{f"teacher.shape.{key}": size for key, size in QWEN25_32B.items()},
+    },
 }
 
 
 def get_config():
     c = base()
+    # The shapes are for `kdrl_jax.plan` where the hub is out of reach.
+    c.student.path = f"runs/stage1 or {sources.DEEPSCALER_1_5B}"
     c.student.shape.update(R1_DISTILL_QWEN_1_5B)
+    c.teacher.path = sources.SKYWORK_MATH_7B
     c.teacher.shape.update(R1_DISTILL_QWEN_7B)
     c.eval.samples = 16
-    c.data.path = SKYWORK
+    c.data.path = sources.SKYWORK
+    c.data.eval_path = sources.AIME24
     c.data.on_bad = "drop"
     c.data.filters = STAGE2_FILTERS
     return c

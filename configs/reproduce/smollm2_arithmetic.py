@@ -8,6 +8,7 @@ VARIANTS = {"weak_teacher": {"teacher.sft.steps": 80}}
 def get_config():
     c = smollm2()
     c.steps = 200
+    c.data.path, c.data.on_bad = "", "raise"
     c.data.task = "arithmetic"
     c.data.task_args = '{"min_terms": 6, "max_terms": 6}'
     c.data.prompt_style = "plain"

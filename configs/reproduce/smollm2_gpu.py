@@ -1,6 +1,5 @@
 """The grid with a real model, SmolLM2-135M, on one GPU. Not run yet: none was at hand.
 
-    python launch/smollm2.py runs/smollm2                     # 93 MB, once
     python -m kdrl_jax.reproduce --grid=configs/reproduce/smollm2_gpu.py --output=runs/smollm2_grid
 
 The teacher is the model after 400 supervised steps on a task's worked solutions, the student the
