@@ -5,8 +5,8 @@
 
 Needs no data, no tokenizer and no weights. Of a model of the hub config.json is downloaded; where
 `student.path` is empty, or the hub is out of reach, the shape in `student.shape` counts, likewise
-the teacher's. TPUs are v4, v5e, v5p and v6e, by shape (v5e:16x16)
-or by type (v5p-32, which counts cores); their compiler, libtpu (extra `tpu`), runs anywhere, and
+the teacher's. TPUs are v4, v5e, v5p and v6e, by shape (v5e:16x16) or by type (v5p-32, which counts
+cores); their compiler, libtpu (extra `tpu`, which brings the one that fits jax), runs anywhere, and
 gives its own account of memory, collectives and time of a step's programs. GPUs are a100-40,
 a100-80, h100, h200 and b200, as in h100:8: estimated from shapes, and compiled where they are
 present. --check exits with 1 where the run does not fit.
@@ -26,7 +26,7 @@ import jax
 from kdrl_jax.cli import run_entry, split_overrides
 from kdrl_jax.config import read_config
 from kdrl_jax.network import set_offline
-from kdrl_jax.planning.machines import parse_topology
+from kdrl_jax.planning.machines import parse_topology, require_compiler
 from kdrl_jax.planning.run_plan import PROGRAMS, make_run_plan
 from kdrl_jax.planning.table import text_of
 from kdrl_jax.training.display import emit
@@ -50,9 +50,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, metavar="FILE.json")
     args = parser.parse_args(rest)
     config, problems = read_config(args.config, overrides)
+
+    def check_machine() -> None:
+        machine = parse_topology(args.topology)
+        if args.compile != "none":
+            require_compiler(machine)
+
     checks: list[Callable[[], Any]] = [
         lambda: validate(config, sources=False),
-        lambda: parse_topology(args.topology),
+        check_machine,
         lambda: parse_programs(args.compile),
     ]
     for check in checks:

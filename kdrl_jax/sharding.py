@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from kdrl_jax.types import UserError
+from kdrl_jax.versions import libtpu_problem
 
 # From the outermost to the innermost: `tensor` talks most, so its devices are the nearest ones. As
 # `context` follows `data`, rollouts can take both for one axis without moving a weight.
@@ -88,6 +90,8 @@ def make_mesh(
     sizes = infer_sizes(sizes, len(devices), key)
     shape = tuple(sizes[axis] for axis in AXES)
     on_tpu = devices[0].platform == "tpu"
+    if on_tpu and (problem := libtpu_problem()):
+        warnings.warn(f"{problem}; until then compiling may fail", RuntimeWarning, stacklevel=2)
     slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices == 1:
         kinds = (AxisType.Auto,) * len(AXES)

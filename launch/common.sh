@@ -1,6 +1,7 @@
 # Sourced by the other scripts: `make_env EXTRAS` leaves an activated virtual environment in .venv
-# with this project and the named extras; `use_env` is that on a cluster; `again CODE` says whether
-# to give the same command once more.
+# with this project and the named extras (`make_env EXTRAS FOLDER OPTION…`: elsewhere, with options
+# of pip's); `use_env` is that on a cluster; `again CODE` says whether to give the same command once
+# more.
 
 # On a CPU a third of the time of a small model goes into page faults of XLA's scratch memory;
 # huge pages, where the kernel gives them on request, save most of it.
@@ -19,17 +20,17 @@ find_python() {
 }
 
 make_env() {
-  local python
-  if [ ! -x .venv/bin/python ]; then
+  local folder="${2:-.venv}" python
+  if [ ! -x "$folder/bin/python" ]; then
     python=$(find_python)
-    "$python" -m venv .venv
+    "$python" -m venv "$folder"
   fi
-  # shellcheck disable=SC1091
-  . .venv/bin/activate
+  # shellcheck disable=SC1090,SC1091
+  . "$folder/bin/activate"
   if [ -n "${KDRL_TORCH:-}" ]; then
     python -m pip install --quiet --disable-pip-version-check "torch==$KDRL_TORCH"
   fi
-  python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+  python -m pip install --quiet --disable-pip-version-check "${@:3}" --editable ".[$1]"
 }
 
 # `make_env` for a machine of a cluster: a .venv with the project (-I: not just the folder beside

@@ -76,6 +76,45 @@ def test_a_bare_machine_gets_an_environment(tmp_path, script, extras):
     assert pip[-2:] == ["--editable", f".[{extras}]"]
 
 
+def test_the_newest_of_everything_has_an_environment_of_its_own(tmp_path):
+    """Nothing of the usual one is changed, and all that the tests can use is there."""
+    cluster = Cluster(tmp_path)
+    (cluster.checkout / ".venv").rename(cluster.checkout / ".venv-newest")
+    for program in (cluster.venv / "bin" / "python", cluster.bin / "ruff", cluster.bin / "mypy"):
+        executable(program, f"#!{sys.executable}\n{RECORD}")
+    code, output = cluster.run("bash", "launch/test.sh", "-k", "x", KDRL_NEWEST="1", KDRL_TORCH="2")
+    assert code == 0, output
+    assert not (cluster.checkout / ".venv").exists()
+    install, versions, *checks = [call for call in cluster.calls() if "-c" not in call]
+    assert install[1:4] == ["-m", "pip", "install"]
+    options = ["--upgrade", "--upgrade-strategy", "eager"]
+    assert install[-5:] == [*options, "--editable", ".[test,reasoning,tpu,parity]"]
+    assert versions[1:4] == ["-m", "pip", "list"]
+    assert [call[0] for call in checks] == ["ruff", "ruff", "mypy", "python"]
+    assert checks[-1][1:3] == ["-m", "pytest"]
+    assert checks[-1][-2:] == ["-k", "x"]
+
+
+def test_the_newest_of_everything_needs_a_python_of_its_kind(tmp_path):
+    cluster = Cluster(tmp_path)
+    too_old = f"#!{sys.executable}\n{RECORD}\nsys.exit('3, 12' in ' '.join(sys.argv))\n"
+    executable(cluster.bin / "python3.12", too_old)
+    code, output = cluster.run("bash", "launch/test.sh", KDRL_NEWEST="1")
+    assert code == 2
+    assert output.startswith("error: the newest releases need Python 3.12 or newer: set PYTHON")
+    assert not any("pip" in call for call in cluster.calls())
+
+
+def test_ci_tries_the_newest_of_everything_weekly():
+    text = (ROOT / ".github" / "workflows" / "tests.yml").read_text(encoding="utf-8")
+    workflow = yaml.load(text, yaml.BaseLoader)  # in which `on` is no boolean
+    assert len(workflow["on"]["schedule"][0]["cron"].split()) == 5
+    job = workflow["jobs"]["newest"]
+    tests = [step for step in job["steps"] if step.get("run") == "bash launch/test.sh"]
+    assert [step["env"]["KDRL_NEWEST"] for step in tests] == ["1"]
+    assert "schedule" in job["continue-on-error"]
+
+
 # --- Demo --------------------------------------------------------------------------------------
 
 

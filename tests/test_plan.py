@@ -486,6 +486,51 @@ def test_what_fails_to_compile_does_not_fit(monkeypatch):
         assert ("too large" if made.limit else "failed") in text_of(found)
 
 
+@pytest.mark.parametrize("unread", ["all", "update"])
+def test_without_the_text_of_a_program(monkeypatch, unread):
+    """Memory and costs are the same; what only the text tells is not made up."""
+    machine = parse_topology("h100:2")
+    monkeypatch.setattr(run_plan, "devices_of", lambda machine: (jax.devices()[:2], ""))
+    config = tiny(**{"mesh.data": 1, "mesh.fsdp": 2, "teacher_mesh.fsdp": 2})
+    names = ("weights", "update")
+    whole = make_run_plan(config, machine, names, report=lambda line: None)
+    read, left = jax.stages.Compiled.as_text, [unread == "all", True]
+    reason = "INTERNAL: RET_CHECK failure: async-update should have 1 operands but sees 3"
+
+    def as_text(made):
+        if left.pop(0):
+            raise jax.errors.JaxRuntimeError(f"\n{reason}\n*** a stack ***")
+        return read(made)
+
+    monkeypatch.setattr(jax.stages.Compiled, "as_text", as_text)
+    found = make_run_plan(config, machine, names, report=lambda line: None)
+    assert not left
+    assert found.fits
+    for name in names:
+        new, old = found.compiled[name], whole.compiled[name]
+        assert (new.need, new.arguments, new.temporary) == (old.need, old.arguments, old.temporary)
+        assert (new.flops, new.accessed) == (old.flops, old.accessed)
+    assert found.compiled["update"].flops > 0
+    assert found.compiled["update"].account is None
+    assert found.step_seconds("compiler") is None
+    without = "weights, update" if unread == "all" else "update"
+    (note,) = set(found.notes) - set(whole.notes)
+    assert note.startswith(f"{without}: collectives and the compiler's time are not known")
+    assert note.endswith(f"({reason})")
+    text = text_of(found)
+    assert f"note: {note}" in text
+    assert "failed" not in text
+    if unread == "all":
+        assert "Collectives: not known" in text
+    else:
+        rows = text.partition("Collectives: GB")[2].splitlines()
+        assert "?" not in rows[2]
+        assert {*rows[3].split()} == {"update", "?"}
+    written = json.loads(json.dumps(found.to_json()))["compiled"]["update"]
+    assert "collectives" not in written
+    assert written["no_text"] == reason
+
+
 def test_check_says_by_its_exit_whether_a_run_fits(tmp_path, capsys):
     output = tmp_path / "plan.json"
     plan.main([STAGE2, "--topology=v5p-32", "--check", "--compile=none", f"--output={output}"])

@@ -29,10 +29,11 @@ class Compiled:
       program: its name; phase: the phase it belongs to.
       arguments, results, temporary: results without those that take the place of arguments.
       beside: what else is on the device meanwhile.
-      account: collectives and cycles, loops included; None: it was not made.
+      account: collectives and cycles, loops included; None: it was not made, or is not known.
       flops, accessed, optimal_seconds: XLA's `cost_analysis`, in which a loop's body counts once.
       seconds: that compiling took.
       error: why it was not made; "": it was.
+      no_text: why it has no account although it was made: the compiler gives no text of it.
       limit: of a device's memory, where the compiler said so.
     """
 
@@ -48,6 +49,7 @@ class Compiled:
     optimal_seconds: float = 0.0
     seconds: float = 0.0
     error: str = ""
+    no_text: str = ""
     limit: float | None = None
 
     @property
@@ -81,29 +83,52 @@ def compile_program(program: Program) -> Compiled:
     except Exception as error:  # of many types: what matters is whether it was memory
         seconds = time.perf_counter() - start
         found = _too_large(str(error)) if out_of_memory(error) else None
-        line = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
         if found is None:
-            return Compiled(*names, error=line[:300], seconds=seconds)
+            return Compiled(*names, error=_first_line(error), seconds=seconds)
         used, limit = found
-        return Compiled(*names, temporary=used, limit=limit, error=line[:300], seconds=seconds)
-    memory, costs, text = made.memory_analysis(), _costs(made), made.as_text()
-    assert memory is not None and text is not None  # noqa: PT018
+        line = _first_line(error)
+        return Compiled(*names, temporary=used, limit=limit, error=line, seconds=seconds)
+    memory, costs = made.memory_analysis(), _costs(made)
+    assert memory is not None
+    text, no_text = _text(made)
     return Compiled(
         *names,
         arguments=memory.argument_size_in_bytes,
         results=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporary=memory.temp_size_in_bytes,
-        account=Module(text, program.turns).account,
+        account=None if no_text else Module(text, program.turns).account,
         flops=costs.get("flops", 0.0),
         accessed=costs.get("bytes accessed", 0.0),
         optimal_seconds=costs.get("optimal_seconds", 0.0),
         seconds=time.perf_counter() - start,
+        no_text=no_text,
     )
 
 
+def _text(made: jax.stages.Compiled) -> tuple[str, str]:
+    """Returns the text of a program and "", or "" and why there is none.
+
+    A compiler newer than jaxlib may write what jaxlib cannot read; that says nothing against the
+    program.
+    """
+    try:
+        text = made.as_text()
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        return "", _first_line(error)
+    return (text, "") if text else ("", "none")
+
+
 def _costs(made: jax.stages.Compiled) -> dict[str, float]:
-    costs = made.cost_analysis()
+    try:
+        costs = made.cost_analysis()
+    except (jax.errors.JaxRuntimeError, NotImplementedError):  # read from the text by some jaxlibs
+        return {}
     return dict(costs) if costs else {}
+
+
+def _first_line(error: Exception) -> str:
+    line = next((x for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    return line[:300]
 
 
 def _too_large(message: str) -> tuple[float, float] | None:

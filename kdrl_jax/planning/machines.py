@@ -14,6 +14,7 @@ import jax
 from kdrl_jax.training.memory import GIB
 from kdrl_jax.training.performance import Peak, peak_of
 from kdrl_jax.types import UserError
+from kdrl_jax.versions import libtpu_problem
 
 GPU_FRACTION = 0.75
 """Of a GPU's memory that JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
@@ -136,6 +137,16 @@ def parse_topology(text: str) -> Machine:
             f"{name}:{by_chips[near_size]}"
         )
     return Machine(f"{name}:{size}", chip, math.prod(sides))
+
+
+def require_compiler(machine: Machine) -> None:
+    """Checks that the compiler of a machine fits jax, before anything is compiled.
+
+    Raises:
+      UserError: libtpu is not of the releases that jax requires; says which are.
+    """
+    if machine.is_tpu and (problem := libtpu_problem()):
+        raise UserError(f"{problem}; or give --compile=none for the estimate alone")
 
 
 def devices_of(machine: Machine) -> tuple[list[Any] | None, str]:

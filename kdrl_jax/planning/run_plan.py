@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.config import CONFIGS, load_config
 from kdrl_jax.planning.compiled import Compiled, compile_program
-from kdrl_jax.planning.machines import Machine, devices_of
+from kdrl_jax.planning.machines import Machine, devices_of, require_compiler
 from kdrl_jax.planning.programs import lowered_programs
 from kdrl_jax.planning.speed import Speed, Speeds
 from kdrl_jax.tasks.registry import get_task
@@ -40,7 +40,7 @@ class RunPlan:
       compiled: by program; empty where nothing was compiled, with `why`.
       limit: bytes of a device that may be used.
       problems: why it does not fit, with what would; empty: it fits.
-      notes: where estimate and compiler differ.
+      notes: where estimate and compiler differ, and what the compiler does not tell.
       speed: by phase.
     """
 
@@ -112,9 +112,12 @@ def make_run_plan(
       report: called with a line of progress.
 
     Raises:
-      UserError: the config cannot work on so many devices, or `required`.
+      UserError: the config cannot work on so many devices, the compiler does not fit jax, or
+        `required`.
     """
     sizes = validate(config, sources=False)
+    if programs:
+        require_compiler(machine)
     config = with_known_shapes(config, report)
     devices, why = devices_of(machine) if programs else (None, "not asked for")
     meshes = make_meshes(config, devices, count=None if devices else machine.count)
@@ -144,7 +147,7 @@ def make_run_plan(
         why=why,
         limit=limit,
         problems=check.problems() + _too_large(check, compiled, limit),
-        notes=_differences(check.plan, compiled),
+        notes=_differences(check.plan, compiled) + _without_text(compiled),
         speed=Speeds(*job, machine, compiled).phases(),
         learnt=sizes.rollouts * config.rollout.max_new_tokens,
     )
@@ -241,3 +244,13 @@ def _differences(plan: Plan, compiled: dict[str, Compiled]) -> list[str]:
                 f"({human(plan.need(phase))} and {human(worst.need)}, {worst.program})"
             )
     return notes
+
+
+def _without_text(compiled: dict[str, Compiled]) -> list[str]:
+    """A line for each reason why programs have no account."""
+    reasons = dict.fromkeys(x.no_text for x in compiled.values() if x.no_text)
+    return [
+        f"{', '.join(name for name, x in compiled.items() if x.no_text == reason)}: collectives "
+        f"and the compiler's time are not known; it gives no text of the program ({reason})"
+        for reason in reasons
+    ]

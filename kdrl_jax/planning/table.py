@@ -26,8 +26,7 @@ def text_of(plan: RunPlan) -> str:
         cells = [plan.compiled_need(phase) for phase in plan.estimate.phases]
         row = "".join(f"{'' if x is None else human(x):>12}" for x in cells)
         lines += [f"{'by the compiler':26}{row}", "", "Memory, by the compiler"]
-        lines += [_programs(plan), "", "Collectives: GB that a device receives in all turns"]
-        lines += [_collectives(plan)]
+        lines += [_programs(plan), "", _collectives(plan)]
     else:
         lines += ["", f"Not compiled: {plan.why}"]
     lines += ["", "Seconds of the longest step: every completion uses its whole budget"]
@@ -56,12 +55,16 @@ def _programs(plan: RunPlan) -> str:
 
 
 def _collectives(plan: RunPlan) -> str:
+    if any(x.no_text for x in plan.compiled.values()) and not any(
+        x.account for x in plan.compiled.values()
+    ):
+        return "Collectives: not known, as a note below says"
     there = [k for k in COLLECTIVES if any(k in _moved(x) for x in plan.compiled.values())]
     rows = [["program", *there]]
     for x in plan.compiled.values():
         sizes = [_moved(x)[k].size / 1e9 if k in _moved(x) else 0.0 for k in there]
-        rows.append([x.program, *(f"{size:.3g}" for size in sizes)])
-    return _lay_out(rows, 20)
+        rows.append([x.program, *("?" if x.no_text else f"{size:.3g}" for size in sizes)])
+    return "Collectives: GB that a device receives in all turns\n" + _lay_out(rows, 20)
 
 
 def _moved(x):
