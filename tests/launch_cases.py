@@ -10,10 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+from commands import finish
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -38,7 +41,7 @@ with (fake / "starts").open("a") as starts:
 word = os.environ["KDRL_PLAN"].split()[turn]
 print(f"{home.name} {word} step 1", flush=True)
 if word == "term":
-    time.sleep(60)
+    time.sleep(3600)
 if word == "lost":
     (fake / "tpu").write_text("PREEMPTED")
     (fake / "queue").write_text("SUSPENDED")
@@ -162,7 +165,7 @@ class Cluster:
     def run(self, *command: str, **env: str) -> tuple[int, str]:
         """Exit code and output of a command in the checkout."""
         process = self.popen(*command, **env)
-        output, _ = process.communicate(timeout=600)
+        ((output,), _) = finish([process], shlex.join(map(str, command)))
         return process.returncode, output
 
     def calls(self) -> list[list[str]]:

@@ -21,6 +21,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from commands import HANG_S
 from ml_collections import ConfigDict
 from test_train import ROOT, TINY
 
@@ -151,7 +152,7 @@ def run_shell(snippet: Snippet, cache: Path) -> None:
         elif words[0] in SCRIPTS:
             module, arguments = SCRIPTS[words[0]], words[1:]
         else:
-            subprocess.run(["bash", "-ec", line], check=True, timeout=300)
+            subprocess.run(["bash", "-ec", line], check=True, timeout=HANG_S)
             continue
         main = importlib.import_module(module).main
         if snippet.exit_code:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import xla_flags
 from test_train import TINY, command
 
 from kdrl_jax import train
@@ -185,7 +186,7 @@ def test_a_whole_run_in_debug_mode_says_the_same(tmp_path):
     """The command line: it starts itself again with every function's shapes checked."""
     distil = {"teacher.sft.steps": 1, "objective": "kdrl", "micro_batch": 4, "mini_batches": 2}
     settings = RUN | distil | {"debug": "true"}
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
     environment.pop("KDRL_DEBUG", None)
     metrics = {}
     for debug in ("true", "false"):

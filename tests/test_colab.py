@@ -16,6 +16,7 @@ import model_cases
 import numpy as np
 import pytest
 import tokenizer_cases
+from commands import HANG_S, xla_flags
 
 from kdrl_jax.models import load_hf
 from kdrl_jax.training.metrics import read_metrics
@@ -77,12 +78,12 @@ class Executed:
         at = [cell.id for cell in notebook.cells].index("parameters")
         notebook.cells.insert(at + 1, nbformat.v4.new_code_cell(f"CHANGES = {changes!r}"))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("XLA_FLAGS", "")  # one device, as a newcomer has
+            patch.setenv("XLA_FLAGS", xla_flags())  # one device, as a newcomer has
             patch.setenv("HF_HUB_OFFLINE", "1")
             patch.setenv("HF_HUB_CACHE", str(hub))
             nbclient.NotebookClient(
                 notebook,
-                timeout=1800,
+                timeout=HANG_S,
                 kernel_name="python3",
                 resources={"metadata": {"path": str(folder / "colab")}},
             ).execute()

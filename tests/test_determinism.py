@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+from commands import xla_flags
 from test_train import TINY, command, rows, samples
 
 from kdrl_jax import convert
@@ -24,7 +25,7 @@ def test_a_seed_names_a_run_whatever_the_hash_seed_and_the_cores(tmp_path):
     for name, seed, prefix in (("1", 0, []), ("2", 0, one_core), ("3", 1, [])):
         # The first two share nothing; the third may have the first one's programs.
         argv = command(tmp_path / name, tmp_path / f"cache{prefix}", **RUN, seed=seed)
-        variables = {"PYTHONHASHSEED": name, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+        variables = {"PYTHONHASHSEED": name, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(
             [*prefix, sys.executable, "-m", "kdrl_jax.train", *argv],
             env={**os.environ, **variables},

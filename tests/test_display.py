@@ -21,6 +21,7 @@ from pathlib import Path
 import jax
 import pyte
 import pytest
+from commands import HANG_S
 from test_train import TINY
 
 from kdrl_jax import train
@@ -318,7 +319,7 @@ class Terminal:
         ]
         return [line for line in (*past, *map(str.rstrip, self.screen.display)) if line]
 
-    def read(self, until, limit_s=400):
+    def read(self, until, limit_s=HANG_S):
         """Read on until a line matches, or to the end."""
         end = time.monotonic() + limit_s
         while time.monotonic() < end:
@@ -343,7 +344,7 @@ def test_a_terminal_shows_the_phases_and_ctrl_c_says_how_to_go_on(tmp_path, cach
         terminal.read(r"^step .* ([3-9]|\d\d+)/500 ")
         os.write(terminal.fd, b"\x03")
         terminal.read(None)
-        code = terminal.process.wait(60)
+        code = terminal.process.wait(HANG_S)
     finally:
         terminal.process.kill()
         os.close(terminal.fd)
@@ -382,7 +383,7 @@ def test_compilations_that_last_are_told_of(monkeypatch, capsys):
     events.record_scalar(compiled, 0.0, fun_name="jit(quick)")
     events.record_event_duration_secs(compiled, 0.01, fun_name="jit(quick)")
     events.record_scalar(compiled, 0.0, fun_name="jit(slow)")
-    assert told.wait(60)
+    assert told.wait(HANG_S)
     assert COMPILING.running
     events.record_event_duration_secs(compiled, 42.4, fun_name="jit(slow)")
     assert COMPILING.running is None
@@ -440,9 +441,12 @@ def test_the_time_left_is_that_of_steps_without_compilations(monkeypatch, capsys
 def test_what_lasts_is_said_in_a_pipe(monkeypatch, capsys):
     monkeypatch.setattr(display, "PATIENCE_S", 0.01)
     monkeypatch.setattr(display, "HEARTBEAT_S", 0.0)
-    shown = Display()
+    shown, told = Display(), threading.Event()
+    say = shown.say
+    monkeypatch.setattr(shown, "say", lambda text: (say(text), told.set()))
     with shown.doing("reading the checkpoint"):
-        time.sleep(0.5)
+        assert told.wait(HANG_S), "nothing was said of what lasts"
+    monkeypatch.setattr(display, "PATIENCE_S", HANG_S)
     with shown.doing("quick"):
         pass
     with shown.loading("weights") as progress:

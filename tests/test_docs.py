@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import HANG_S
 from test_train import ROOT
 
 from kdrl_jax.config import flatten, load_config
@@ -21,7 +22,7 @@ def site(tmp_path_factory):
     output = tmp_path_factory.mktemp("site")
     build = ["-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(output)]
     done = subprocess.run(
-        [sys.executable, *build], cwd=ROOT, capture_output=True, text=True, timeout=1800
+        [sys.executable, *build], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
     )
     assert done.returncode == 0, done.stderr
     return output

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import psutil
 import pytest
 import tensorstore
+from commands import HANG_S
 
 from kdrl_jax.training import tensorstore_leaks
 from kdrl_jax.training.checkpoints import CheckpointStore
@@ -59,7 +60,11 @@ go.wait()
 def test_threads_share_arenas(told, arenas):
     env = {k: v for k, v in os.environ.items() if k not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
     done = subprocess.run(
-        [sys.executable, "-c", SHARED], env=env | told, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", SHARED],
+        env=env | told,
+        capture_output=True,
+        text=True,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("Arena ") == arenas

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import finish, wait_until
 from launch_cases import RECORD, ROOT, Cluster, executable
 from test_train import command
 
@@ -226,12 +227,12 @@ def test_pod_gives_up_on_a_crash_that_comes_again(tmp_path):
 def test_stopping_a_pod_saves_first(tmp_path, number):
     cluster = Cluster(tmp_path)
     process = cluster.popen(*pod(cluster), KDRL_PLAN="term")
-    wait_for(lambda: len(cluster.starts()) == 2)
+    wait_until(lambda: len(cluster.starts()) == 2, "both workers to start")
     if number == signal.SIGTERM:
         process.send_signal(number)
     else:  # a terminal signals all its processes
         os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=60)
+    (output,), _ = finish([process], "the launcher that was told to stop")
     assert process.returncode == 75, output
     assert verbs(cluster.calls())[-3:] == ["run", "stop", "delete"]
 
@@ -245,25 +246,18 @@ def test_a_lost_connection_attaches_again(tmp_path):
     worker = ("bash", str(home / "kdrl_jax" / "launch" / "tpu_worker.sh"))
     here = {"HOME": str(home), "KDRL_PLAN": "term 0"}
     first = cluster.popen(*worker, "run", *TRAIN, **here)
-    wait_for(lambda: len(cluster.starts()) == 1)
+    wait_until(lambda: len(cluster.starts()) == 1, "the worker to start")
     first.kill()
     second = cluster.popen(*worker, "run", *TRAIN, **here)
     time.sleep(0.5)
     assert second.poll() is None
     assert cluster.run(*worker, "stop", **here)[0] == 0
-    output, _ = second.communicate(timeout=60)
+    (output,), _ = finish([second], "the second connection")
     assert "worker0 term step 1" in output  # from the start of the log
     assert "kdrl-exit 75" in output
     assert second.returncode == 75
     assert len(cluster.starts()) == 1
     assert cluster.run(*worker, "run", *TRAIN, **here)[0] == 0  # a new start, not the old code
-
-
-def wait_for(ready, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not ready():
-        assert time.monotonic() < end, "nothing happened"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
@@ -340,11 +334,11 @@ def test_slurm_leaves_a_cancelled_job(tmp_path):
     cluster = Cluster(tmp_path)
     job = {"SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(cluster.checkout), "KDRL_PLAN": "term"}
     process = cluster.popen("bash", "launch/slurm.sbatch", *TRAIN, **job)
-    wait_for(lambda: len(cluster.starts()) == 2)
+    wait_until(lambda: len(cluster.starts()) == 2, "both workers to start")
     process.send_signal(signal.SIGTERM)  # scancel signals the script and all tasks
     for start in cluster.starts():
         os.kill(start["pid"], signal.SIGTERM)
-    output, _ = process.communicate(timeout=60)
+    (output,), _ = finish([process], "the job that was cancelled")
     assert process.returncode == 75, output
     assert cluster.calls()[-1][0] == "srun"
 
@@ -362,17 +356,20 @@ def test_slurm_carries_the_program_itself_over_a_preemption(tmp_path):
 
     def warn():
         written = workdir / "metrics.jsonl"
-        wait_for(lambda: written.exists() and len(written.read_text().splitlines()) > 1, 600)
+        wait_until(
+            lambda: written.exists() and len(written.read_text().splitlines()) > 1,
+            "the first steps of the job",
+        )
         os.kill(max(processes_of(str(workdir))), signal.SIGTERM)
 
     warning = threading.Thread(target=warn, daemon=True)
     warning.start()
-    changes = {"steps": 60, "eval.every": 0, "checkpoint.every": 50}
+    changes = {"steps": 200, "eval.every": 0, "checkpoint.every": 150}
     assert slurm(cluster, *command(workdir, tmp_path / "cache", **changes)) == [75, 0]
     summary = json.loads((workdir / "summary.json").read_text())
-    assert (summary["steps"], summary["processes"]) == (60, 2)
+    assert (summary["steps"], summary["processes"]) == (200, 2)
     steps = [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
-    assert steps == list(range(1, 61))
+    assert steps == list(range(1, 201))
 
 
 def processes_of(word):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import xla_flags
 from test_train import TINY, command
 
 from kdrl_jax.cli import run_entry
@@ -153,7 +154,7 @@ def test_a_run_without_any_network_asks_for_none(tmp_path):
         assert outward(log)  # so that a run without any is no accident
     run = [sys.executable, "-m", "kdrl_jax.train", "--config.offline=true"]
     run += command(tmp_path / "run", tmp_path / "cache", **RUN)
-    environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         ["unshare", "-rn", *trace, *run], capture_output=True, text=True, cwd=ROOT, env=environment
     )

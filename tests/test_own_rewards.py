@@ -8,6 +8,8 @@ import sys
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import HANG_S
+from hanging import only_hanging_is_timed
 from test_collect import G as GROUP
 from test_collect import P, asked_at
 from test_collect import collector as collector_of
@@ -77,7 +79,7 @@ def group(problem="p", completions=("a", "b", "c"), **changes):
 
 def test_what_functions_are_given_and_what_they_give(module):
     texts = ("own_rewards:brevity*0.5", "own_rewards:everything", "own_rewards:some*-1e-1")
-    with RewardFunctions(texts, 2.0, workers=2, timeout_s=60.0) as functions:
+    with RewardFunctions(texts, 2.0, workers=2, timeout_s=HANG_S) as functions:
         found = functions.ask([group(), group("long one", ("x", "y", "z"))])
     assert found["brevity"].values.dtype == np.float32
     np.testing.assert_allclose(found["brevity"].values, [[0.8, 0.6, 0.4]] * 2, rtol=1e-6)
@@ -92,7 +94,7 @@ def test_what_functions_are_given_and_what_they_give(module):
     assert total.dtype == np.float32
 
 
-def test_a_call_that_fails_adds_nothing_to_its_group(module):
+def test_a_call_that_fails_adds_nothing_to_its_group(module, monkeypatch):
     """Whatever it does: it is counted, said once by name, and others are not touched."""
     bad = {
         "raise": r"own_rewards:trouble raised ValueError: no such thing, for 'raise'",
@@ -103,6 +105,7 @@ def test_a_call_that_fails_adds_nothing_to_its_group(module):
         "words": r"own_rewards:trouble raised ValueError: could not convert",
         "number": r"own_rewards:trouble raised TypeError",
     }
+    only_hanging_is_timed(monkeypatch, "hang")
     groups = [group("fine"), *map(group, bad), group("large"), group("fine too")]
     texts = ("own_rewards:trouble", "own_rewards:brevity")
     with RewardFunctions(texts, workers=2, timeout_s=5.0) as functions:

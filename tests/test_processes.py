@@ -8,12 +8,12 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from commands import HANG_S, finish, wait_until, xla_flags
 from local_server import LocalServer
 from test_train import ROOT, TINY
 
@@ -25,6 +25,7 @@ COMMAND = [sys.executable, "-m", "kdrl_jax.train", f"--config={ROOT}/configs/dem
 STEPS = 5
 SETTINGS = TINY | {
     "steps": STEPS,
+    "process_timeout_s": HANG_S,
     "seed": 1,
     # Good enough to be right now and then.
     "data.task_args": '{"min_terms": 2, "max_terms": 2, "max_operand": 3, "max_value": 20}',
@@ -64,7 +65,7 @@ def start(workdir, cache, count=1, devices=8, changes=({},), folders=(ROOT,)):
         settings = SETTINGS | {"cache_dir": str(cache)} | changes[min(index, len(changes) - 1)]
         flags = [f"--config.{key}={value}" for key, value in settings.items()]
         environment = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "XLA_FLAGS": xla_flags(devices),
             "JAX_PLATFORMS": "cpu",
             "PYTHONPATH": str(ROOT),
         }
@@ -94,18 +95,8 @@ def start(workdir, cache, count=1, devices=8, changes=({},), folders=(ROOT,)):
     return started
 
 
-def finish(started, timeout=240):
-    """What the processes said, and what they exited with."""
-    try:
-        said = [process.communicate(timeout=timeout)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return said, [process.returncode for process in started]
-
-
 def run(workdir, cache, *args, **changes):
-    said, codes = finish(start(workdir, cache, *args, changes=(changes,)))
+    said, codes = finish(start(workdir, cache, *args, changes=(changes,)), f"the run in {workdir}")
     assert codes == [0] * len(codes), said
     return metrics(workdir)
 
@@ -200,9 +191,9 @@ def test_processes_share_the_requests_to_a_server(alone, cache, tmp_path):
 def test_told_to_stop_all_save_and_stop(cache, alone, tmp_path):
     workdir = tmp_path / "run"
     started = start(workdir, cache, 2, 4, ({"steps": 500, "eval.every": 0},))
-    wait_for(workdir / "metrics.jsonl", started, lines=2)
+    wait_for_steps(workdir, started)
     started[1].send_signal(signal.SIGTERM)  # not the one that writes
-    said, codes = finish(started)
+    said, codes = finish(started, "both processes of a run that was told to stop")
     assert codes == [75, 75], said
     summary = json.loads((workdir / "summary.json").read_text())
     assert not summary["finished"]
@@ -210,17 +201,20 @@ def test_told_to_stop_all_save_and_stop(cache, alone, tmp_path):
     assert "nothing is lost, the same command goes on" in said[0]
 
 
-def wait_for(path, started, lines):
-    """A loaded machine takes minutes to start two processes."""
-    end = time.monotonic() + 300
-    while time.monotonic() < end:
-        if path.exists() and len(path.read_text().splitlines()) >= lines:
-            return
-        assert all(process.poll() is None for process in started), finish(started)
-        time.sleep(0.1)
-    for process in started:
-        process.kill()
-    raise AssertionError(finish(started))
+def wait_for_steps(workdir, started):
+    """Returns when two steps are logged."""
+
+    def ready():
+        ended = any(process.poll() is not None for process in started)
+        assert not ended, finish(started, "processes of which one has ended")
+        return len(read_metrics(workdir / "metrics.jsonl")) >= 2
+
+    try:
+        wait_until(ready, "two steps of two processes")
+    except AssertionError as late:
+        for process in started:
+            process.kill()
+        raise AssertionError(str(late), finish(started, "killed processes")) from None
 
 
 def test_a_lost_process_ends_the_others_by_name(cache, alone, tmp_path):
@@ -229,9 +223,9 @@ def test_a_lost_process_ends_the_others_by_name(cache, alone, tmp_path):
     # a collective to notice before the coordinator ends everything.
     changes = ({"steps": 500, "process_timeout_s": 20.0, "eval.every": 0, "checkpoint.every": 500},)
     started = start(workdir, cache, 2, 2, changes)
-    wait_for(workdir / "metrics.jsonl", started, lines=2)
+    wait_for_steps(workdir, started)
     started[1].kill()
-    said, codes = finish(started, timeout=120)
+    said, codes = finish(started, "the process that is left")
     assert codes[0] not in (0, 2, 75)
     assert "another process of this run is lost" in said[0]
     assert "stopped sending heartbeats):\n1" in said[0].replace("\r", "")
@@ -239,7 +233,8 @@ def test_a_lost_process_ends_the_others_by_name(cache, alone, tmp_path):
 
 def test_processes_that_disagree_do_not_start(cache, alone, tmp_path):
     workdir = tmp_path / "run"
-    said, codes = finish(start(workdir, cache, 2, 2, ({}, {"seed": 2})))
+    started = start(workdir, cache, 2, 2, ({}, {"seed": 2}))
+    said, codes = finish(started, "two processes that disagree")
     assert codes == [2, 2]
     for text in said:
         assert "--config: process 1 = " in text
@@ -262,7 +257,7 @@ def test_data_that_one_host_has_not_is_an_error_on_both(fault, cache, alone, tmp
     own |= {f"{role}.sft.task": "arithmetic" for role in ("student", "teacher")}
     model = {"student.path": str(alone), "student.sft.steps": 0}
     started = start(tmp_path / "run", cache, 2, 2, (own | model,), folders=folders)
-    said, codes = finish(started, timeout=100)
+    said, codes = finish(started, "two processes of which one lacks data")
     assert codes == [2, 2], said
     expected = {
         "missing": "data.path: no file data.jsonl (process 1 = ",

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from commands import HANG_S
 
 from kdrl_jax import report
 from kdrl_jax.reporting.panels import GROUPS, drawn_metrics, panels_of
@@ -245,7 +246,7 @@ class Tab:
         self.faults: list[str] = []
         self.context = browser.new_context(**options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(120_000)
+        self.page.set_default_timeout(1000 * HANG_S)
         note = self.faults.append
         self.page.on("console", lambda m: note(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda error: note(str(error)))

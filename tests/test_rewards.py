@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import HANG_S, wait_until
+from hanging import only_hanging_is_timed
 
 from kdrl_jax.rewards import Grader, grade, has_format, last_boxed
 from kdrl_jax.rewards.math_answer import (
@@ -34,7 +36,7 @@ def response(answer: str) -> str:
 
 @pytest.fixture(scope="module")
 def grader() -> Iterator[Grader]:
-    with Grader(workers=1, timeout_s=20.0, require_format=True) as shared:
+    with Grader(workers=1, timeout_s=HANG_S, require_format=True) as shared:
         yield shared
 
 
@@ -354,7 +356,7 @@ def test_a_verifier_in_this_process() -> None:
 # --- Workers -----------------------------------------------------------------------------------
 
 EVIL = """
-import json, os, sys, time
+import glob, json, os, sys, time
 print(json.dumps("hello"), flush=True)
 for line in sys.stdin:
     gold, answer = json.loads(line)
@@ -367,6 +369,10 @@ for line in sys.stdin:
         os._exit(1)
     if answer.startswith("slow"):
         time.sleep(0.3)
+    if answer.startswith("meet"):  # when four are here they go on
+        open(sys.argv[1] + answer, "w").close()
+        while len(glob.glob(glob.escape(sys.argv[1]) + "meet*")) < 4:
+            time.sleep(0.01)
     print(json.dumps("correct"), flush=True)
 """
 
@@ -387,25 +393,26 @@ def exists(pid: int) -> bool:
     return True
 
 
-def test_hanging_and_dying_workers_are_replaced(tmp_path: Path) -> None:
+def test_hanging_and_dying_workers_are_replaced(tmp_path: Path, monkeypatch) -> None:
     answers = ["a+1", "hang+1", "die+1", "b+1", "once+1", "hang+1", "c+1", "hang+2", "d+1"]
-    started = time.perf_counter()
+    only_hanging_is_timed(monkeypatch, "hang")
     with evil_grader(tmp_path, workers=2, timeout_s=0.5) as grader:
         verdicts = grader.grade([response(a) for a in answers], ["x"] * len(answers))
-        took = time.perf_counter() - started
         again = grader.grade([response("e+1")], ["x"])
+        counts = grader.take_counts()
         pids = [worker.process.pid for worker in grader._pool]
     expected = ["correct", "timeout", "unparsable", "correct", "correct"]
     expected += ["timeout", "correct", "timeout", "correct"]
     assert [v.outcome for v in verdicts] == expected
     assert again == [Verdict(1.0, "correct")]
-    assert 0.5 < took < 8
+    assert counts.timeouts == 2  # of three, two ask the same
+    assert counts.seconds_max >= 0.5
     assert pids
     assert not any(map(exists, pids)), "close() left a process, or a zombie"
 
 
 def test_workers_start_when_needed_and_work_at_the_same_time(tmp_path: Path) -> None:
-    with evil_grader(tmp_path, workers=4, timeout_s=20.0) as grader:
+    with evil_grader(tmp_path, workers=4, timeout_s=HANG_S) as grader:
         grader.grade([response("7"), response("8"), "x"], ["7", "7", "7"])
         assert not grader._pool
         grader.grade([response("slow+0")], ["x"])
@@ -413,19 +420,19 @@ def test_workers_start_when_needed_and_work_at_the_same_time(tmp_path: Path) -> 
         warm = [response(f"slow+{i}") for i in range(1, 5)]
         grader.grade(warm, ["x"] * 4)
         assert len(grader._pool) == 4
-        started = time.perf_counter()
-        grader.grade([response(f"slow+{i}") for i in range(5, 13)], ["x"] * 8)
-        assert time.perf_counter() - started < 8 * 0.3  # one after another would take this long
-        started = time.perf_counter()
+        # None of these four would end before the others have begun.
+        met = grader.grade([response(f"meet+{i}") for i in range(4)], ["x"] * 4)
+        assert [v.outcome for v in met] == ["correct"] * 4
+        grader.take_counts()
         grader.grade(warm * 8, ["x"] * 32)
-        assert time.perf_counter() - started < 0.25  # known from before
+        assert grader.take_counts().asked == 0  # known from before
 
 
 def test_an_interrupted_call_leaves_no_stale_reply(tmp_path: Path, monkeypatch) -> None:
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    with evil_grader(tmp_path, workers=1, timeout_s=20.0) as grader:
+    with evil_grader(tmp_path, workers=1, timeout_s=HANG_S) as grader:
         grader.grade([response("a+1")], ["x"])
         with monkeypatch.context() as patch:
             patch.setattr(grader._supervisor, "_collect", interrupt)
@@ -467,16 +474,14 @@ def test_grading_beside_other_work(grader: Grader) -> None:
     assert other._background is None
 
 
-def test_real_workers_are_killed_in_time() -> None:
+def test_real_workers_are_killed_in_time(monkeypatch) -> None:
+    only_hanging_is_timed(monkeypatch, "binom{1")
     hangs = "\\binom{10000000}{5000000}"  # math-verify evaluates it while it parses
     with Grader(workers=1, timeout_s=1.0) as grader:
         grader.grade([response("x+1")], ["1+x"])
         first = grader._pool[0].process.pid
-        started = time.perf_counter()
         verdicts = grader.grade([response(hangs), response("y+1")], ["7", "1+y"])
-        took = time.perf_counter() - started
         assert [v.outcome for v in verdicts] == ["timeout", "correct"]
-        assert 1.0 < took < 15
         assert not exists(first)
 
 
@@ -484,7 +489,7 @@ def test_workers_hold_neither_jax_nor_gmpy(tmp_path: Path, monkeypatch) -> None:
     for name in ("gmpy2", "flint"):  # as if installed; SymPy and mpmath would import them
         (tmp_path / f"{name}.py").write_text("import os\nos._exit(1)\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with Grader(workers=1, timeout_s=20.0) as grader:
+    with Grader(workers=1, timeout_s=HANG_S) as grader:
         assert grader.grade([response("1+z")], ["z+1"])[0].reward == 1
         hello = grader._pool[0].hello
     assert hello["ground_types"] == "python"
@@ -497,19 +502,20 @@ def test_a_busy_worker_ends_after_its_parent_is_killed() -> None:
     code = r"""
 import signal
 from kdrl_jax.rewards import Grader
+from kdrl_jax.rewards.supervisor import Worker
+begin = Worker.begin
+Worker.begin = lambda self, task, timeout_s: begin(self, task, 1800.0)  # CPU time is what ends it
 grader = Grader(workers=1, timeout_s=0.6)
 grader.grade([r"<think></think>\boxed{x+1}"], ["1+x"])
 print(grader._pool[0].process.pid, flush=True)
 signal.setitimer(signal.ITIMER_REAL, 0.3)  # SIGALRM ends this process
 grader.grade([r"<think></think>\boxed{\binom{10000000}{5000000}}"], ["1"])
 """
-    run = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, cwd=ROOT, timeout=60)
+    argv = [sys.executable, "-c", code]
+    run = subprocess.run(argv, stdout=subprocess.PIPE, cwd=ROOT, timeout=HANG_S)
     assert run.returncode == -signal.SIGALRM
     pid = int(run.stdout)
-    deadline = time.monotonic() + 20
-    while exists(pid) and not is_zombie(pid):
-        assert time.monotonic() < deadline, "the worker outlived its parent"
-        time.sleep(0.05)
+    wait_until(lambda: not exists(pid) or is_zombie(pid), "the worker to follow its parent")
 
 
 def is_zombie(pid: int) -> bool:

@@ -13,6 +13,7 @@ import threading
 import model_cases as cases
 import pytest
 import tokenizer_cases
+from commands import xla_flags
 from local_server import LocalServer
 from test_config import SHIPPED
 from test_train import TINY, command
@@ -353,7 +354,12 @@ def test_a_run_tells_no_secret_and_leaves_nothing_for_others_to_write(tmp_path, 
             run = [sys.executable, "-m", "kdrl_jax.train"]
             run += command(tmp_path / "run", cache, **settings)
             secrets = {"KDRL_SERVER_KEY": key, "HF_TOKEN": token}
-            environment = {**os.environ, **secrets, "XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+            environment = {
+                **os.environ,
+                **secrets,
+                "XLA_FLAGS": xla_flags(),
+                "PYTHONPATH": str(ROOT),
+            }
             done = subprocess.run(run, capture_output=True, cwd=ROOT, env=environment)
     finally:
         os.umask(before)

@@ -6,13 +6,13 @@ import dataclasses
 import json
 import re
 import threading
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from commands import HANG_S, wait_until
 from local_server import LocalServer, NumpyDecoder
 from test_rollout import BUCKET, EOS, LENGTH, MODEL, VALID, engine, left_padded, settings
 from test_train import command, rows
@@ -56,7 +56,7 @@ def folder(tmp_path_factory, other):
     return folder
 
 
-def client(server, tmp_path, *, url="", timeout_s=60.0, concurrency=8, **changes):
+def client(server, tmp_path, *, url="", timeout_s=HANG_S, concurrency=8, **changes):
     asked = Server(
         url or server.url, timeout_s=timeout_s, concurrency=concurrency, wait_s=0.01, key=server.key
     )
@@ -220,15 +220,13 @@ def test_equal_requests_are_asked_once(folder, tmp_path, params):
 def test_work_goes_on_while_requests_are_under_way(folder, tmp_path, params):
     """`meanwhile` once, with requests sent and none answered; results some at a time."""
     free = threading.Event()
-    with LocalServer(folder, spoil=lambda answer: free.wait(20)) as server:
+    with LocalServer(folder, spoil=lambda answer: free.wait(HANG_S)) as server:
         made = client(server, tmp_path, concurrency=2)
         calls, finished = [], []
 
         def meanwhile():
             calls.append(threading.current_thread())
-            deadline = time.monotonic() + 20
-            while len(server.asked) < 2 and time.monotonic() < deadline:
-                time.sleep(0.01)
+            wait_until(lambda: len(server.asked) >= 2, "two requests to be under way")
             assert (len(server.asked), finished) == (2, [])  # no more than may be in flight
             free.set()
 

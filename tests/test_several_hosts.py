@@ -10,11 +10,11 @@ from pathlib import Path
 
 import ml_dtypes
 import model_cases as cases
+from commands import finish, xla_flags
 from safetensors.numpy import load_file
 
 from kdrl_jax.data import SentencePieceTokenizer
 
-TIMEOUT_S = 240
 WORKER = """
 import sys
 from pathlib import Path
@@ -79,7 +79,7 @@ def test_load_save_restore_and_export_over_two_processes(tmp_path):
     SentencePieceTokenizer.train("0123456789+= ").save(folder)
     root = str(Path(__file__).parent.parent)
     env = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": xla_flags(2),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]),
     }
@@ -95,12 +95,8 @@ def test_load_save_restore_and_export_over_two_processes(tmp_path):
         )
         for i in range(2)
     ]
-    try:
-        said = [worker.communicate(timeout=TIMEOUT_S)[0] for worker in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(said)[-6000:]
+    said, codes = finish(workers, "two processes that load, save and export")
+    assert codes == [0, 0], "\n".join(said)[-6000:]
 
     assert sorted(f.name for f in tmp_path.iterdir()) == ["in", "out", "run"]  # no leftovers
     files = sorted((tmp_path / "out").glob("*.safetensors"))

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from commands import xla_flags
 from jaxtyping import Array, Float, Int
 
 from kdrl_jax import shapes
@@ -43,7 +44,7 @@ print("all refused")
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": "", **environment}
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags(), **environment}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=ROOT)
 

@@ -10,6 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from commands import HANG_S
 from jax.errors import JaxRuntimeError
 
 from kdrl_jax.training import storage
@@ -86,7 +87,7 @@ def test_a_file_limit_of_the_system_is_explained(tmp_path):
         "with storage_explained(Path('x')): write_atomic(path, 'x' * 9999)"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=HANG_S
     )
     assert f"UserError: {tmp_path / 'a'}: File too large; raise the limit" in done.stderr
     assert list(tmp_path.iterdir()) == []
@@ -154,7 +155,7 @@ def test_jax_mends_what_was_dropped(tmp_path):
     def once():
         command = [sys.executable, "-c", code, str(tmp_path)]
         done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=HANG_S
         )
         assert done.returncode == 0, done.stderr
         return done.stdout.strip(), done.stderr

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import HANG_S
+from hanging import only_hanging_is_timed
 
 from kdrl_jax.data import SentencePieceTokenizer
 from kdrl_jax.rewards import Grader
@@ -238,7 +240,7 @@ def test_a_task_of_ones_own(workplace):
         task_problems(name, 5, 0, args='{"size": 6}')
     worked = [task.solution(p) for p in train[:8]]
     golds = [p.answer for p in train[:8]]
-    with Grader(workers=1, timeout_s=20.0, verify=task_verifier(name)) as grader:
+    with Grader(workers=1, timeout_s=HANG_S, verify=task_verifier(name)) as grader:
         assert grader.grade(worked, golds) == [Verdict(1.0, "correct")] * 8
         spaced = f"<think></think>\\boxed{{{' '.join(golds[0])}}}"
         texts = [spaced, worked[1], "\\boxed{a}", "<think></think>\\boxed{}"]
@@ -262,7 +264,8 @@ def verify(answer, gold, meta):
 """
 
 
-def test_a_verifier_that_misbehaves_harms_nothing(workplace):
+def test_a_verifier_that_misbehaves_harms_nothing(workplace, monkeypatch):
+    only_hanging_is_timed(monkeypatch, "hang")
     (workplace / "folder").mkdir()
     (workplace / "folder" / "my_evil.py").write_text(EVIL)
     sys.path.append(str(workplace / "folder"))

@@ -14,6 +14,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from commands import HANG_S, xla_flags
 from test_train import ROOT, TINY
 
 import kdrl_jax
@@ -27,7 +28,7 @@ def pip(*arguments: object) -> None:
         [sys.executable, "-m", "pip", *map(str, arguments), "--no-deps", "--no-index", "--quiet"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=HANG_S,
     )
     assert done.returncode == 0, done.stderr
 
@@ -80,14 +81,14 @@ def _one(names: set[str], end: str) -> str:
 
 
 def run(installed: Path, folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": xla_flags()}
     return subprocess.run(
         [sys.executable, str(installed / "bin" / name), *arguments],
         capture_output=True,
         text=True,
         cwd=folder,
         env=environment,
-        timeout=600,
+        timeout=HANG_S,
     )
 
 
@@ -148,8 +149,8 @@ def test_every_entry_is_a_command(installed, tmp_path):
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": ""},
-        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(installed), "XLA_FLAGS": xla_flags()},
+        timeout=HANG_S,
     )
     ends = [line for line in done.stdout.splitlines() if re.fullmatch(r"\w+ \w+", line)]
     assert ends == [f"{name} 0" for name in entries], done.stderr

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import HANG_S
 
 from kdrl_jax.rewards import Grader
 
@@ -68,7 +69,7 @@ print("done")
 def test_a_locked_process_computes_and_does_nothing_else(tmp_path: Path) -> None:
     sentinel = tmp_path / "sentinel"
     command = [sys.executable, "-c", LOCKED, str(ROOT / "kdrl_jax" / "rewards"), str(sentinel)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=HANG_S, check=False)
     assert run.stdout == "done\n", run.stdout + run.stderr
     assert not sentinel.exists()
 
