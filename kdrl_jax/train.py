@@ -39,6 +39,7 @@ from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
 from kdrl_jax.training.metrics import unlock_folder
+from kdrl_jax.training.own_code import unweighted_verdicts
 from kdrl_jax.training.performance import Meter
 from kdrl_jax.training.problems import (
     load_run_tokenizer,
@@ -91,6 +92,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mesh = meshes.student
         tokenizer = load_run_tokenizer(config)
     display.say(describe(mesh))
+    for line in unweighted_verdicts(flatten(config)):
+        display.alert(line)
     processes.agree("tokenizer", {"vocabulary": digest(tokenizer.vocab())})
 
     # --- Data ----------------------------------------------------------------------------------
