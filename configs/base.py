@@ -171,7 +171,11 @@ def get_config() -> ConfigDict:
 
     # --- reward --------------------------------------------------------------------------------
     c.reward = ConfigDict()
-    c.reward.require_format = True  # <think>…</think> then \boxed{}; False: accuracy alone
+    # What the answer of a response is, for grading, masks, refill and evaluation alike: boxed (in
+    # the last \boxed{}) | last_number (1,234.5, 3/4, 50%, -$5, …) | text (all of it) | task (what
+    # the task's own `answer` finds). The middle two leave out what precedes </think>.
+    c.reward.answer = "boxed"
+    c.reward.require_format = True  # <think>…</think>, then the answer; False: accuracy alone
     c.reward.workers = 4  # verification processes
     c.reward.timeout_s = 3.0  # a hard limit per answer or call, then the worker is killed
     # Rewards of your own, added to the verifier's: ("my_rewards:brevity*0.2", …), each

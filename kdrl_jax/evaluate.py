@@ -16,7 +16,8 @@ the paper's. Running the same command again continues where it was interrupted.
 
     python -m kdrl_jax.evaluate --self_check [--benchmarks=…] [--data_dir=FOLDER]
 
-grades every gold answer against itself, without a model.
+grades every gold answer against itself, without a model; --config.reward.answer=last_number or text
+says in which form.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from kdrl_jax.evaluation.planning import (
 from kdrl_jax.evaluation.runner import ask
 from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
 from kdrl_jax.network import set_offline
-from kdrl_jax.rewards import Grader
+from kdrl_jax.rewards import FORMS, Grader
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.meshes import rollout_mesh
@@ -135,7 +136,10 @@ def evaluate(
                 seed=config.seed,
             )
             figures[plan.benchmark.name] = summarise(rows, plan.samples, plan.kept_out, plan.listed)
-    shown = ("temperature", "max_new_tokens", "prompt_style", "require_format", "dtype", "seed")
+    shown = (
+        *("temperature", "max_new_tokens", "prompt_style", "answer", "require_format"),
+        *("dtype", "seed"),
+    )
     results = {
         "checkpoint": str(policy),
         "benchmarks": figures,
@@ -152,10 +156,14 @@ def evaluate(
     return results
 
 
-def self_check(benchmarks: Sequence[Loaded]) -> bool:
-    """Whether every gold answer, given as a response, grades as correct; says which do not."""
+def self_check(benchmarks: Sequence[Loaded], form: str = "boxed") -> bool:
+    """Whether every gold answer, given as a response, grades as correct; says which do not.
+
+    Args:
+      form: of the responses, one of `kdrl_jax.rewards.FORMS`.
+    """
     display, good = Display(), True
-    with Grader(workers=2, timeout_s=10.0, require_format=False) as grader:
+    with Grader(workers=2, timeout_s=10.0, require_format=False, form=form) as grader:
         for benchmark, problems, bad, listed in benchmarks:
             lost = refused_golds(problems, grader)
             total, wrong = len(problems) + bad, len(lost) + bad
@@ -245,6 +253,10 @@ def main(argv: list[str] | None = None) -> None:
             policy = wrong.attempt(find_policy, args.checkpoint, **where)
         if not args.config:
             config = wrong.attempt(_read_config, None, policy, overrides)
+    elif overrides or args.config:
+        config = wrong.attempt(_read_config, args.config or "base", None, overrides)
+        if config and config.reward.answer not in FORMS:
+            wrong.append("--self_check: reward.answer='task' has no response to a gold answer")
     if not args.data_dir:
         wrong.raise_any()  # before anything is downloaded
     if args.data_dir and not args.data_dir.is_dir():
@@ -253,7 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     loaded = [found for b in chosen if (found := wrong.attempt(load_benchmark, b, args.data_dir))]
     wrong.raise_any()
     if args.self_check:
-        sys.exit(0 if self_check(loaded) else 1)
+        sys.exit(0 if self_check(loaded, config.reward.answer if config else "boxed") else 1)
     assert policy
     assert config
     evaluate(

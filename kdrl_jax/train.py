@@ -46,6 +46,7 @@ from kdrl_jax.training.locate import (
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
 from kdrl_jax.training.metrics import unlock_folder
+from kdrl_jax.training.own_code import unweighted_verdicts
 from kdrl_jax.training.performance import Meter
 from kdrl_jax.training.problems import (
     load_run_tokenizer,
@@ -108,6 +109,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         mesh = meshes.student
         tokenizer = load_run_tokenizer(config)
     display.say(describe(mesh))
+    for line in unweighted_verdicts(flatten(config)):
+        display.alert(line)
     processes.agree("tokenizer", {"vocabulary": digest(tokenizer.vocab())})
 
     # --- Data ----------------------------------------------------------------------------------

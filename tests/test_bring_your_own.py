@@ -21,6 +21,7 @@ import pyarrow.parquet
 import pytest
 from tokenizer_cases import write_hf
 
+from kdrl_jax.rewards.number_answer import last_number
 from kdrl_jax.training.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,7 +95,8 @@ def last(workdir: Path) -> dict[str, float]:
 
 
 def test_the_snippets_are_short_and_say_what_they_need():
-    assert list(SECTIONS) == ["Data", "Prompt style", "Reward", "Model", "Teacher", "README"]
+    names = ["Data", "Prompt style", "Reward", "Answer", "Model", "Teacher", "README"]
+    assert list(SECTIONS) == names
     for section in SECTIONS:
         for text in [*blocks("bash", section), *blocks("python", section)]:
             assert len(text.strip().splitlines()) <= 15
@@ -133,6 +135,21 @@ def test_rewards_of_ones_own(here):
     digest = hashlib.sha256((here / "my_rewards.py").read_bytes()).hexdigest()
     assert start["own_code"] == {"my_rewards": digest}
     assert row["reward/brevity_failed_frac"] == row["reward/hedging_failed_frac"] == 0
+
+
+def test_answers_without_a_box(here):
+    """The verdicts of a run are those of the last numbers, which here every response has."""
+    run("Answer", here, **{"rollout.max_new_tokens": 24})
+    (file,) = (here / "runs" / "answer" / "samples").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    numbers = [last_number(row["completion"]) for row in rows]
+    for row, number in zip(rows, numbers, strict=True):
+        if number is None:
+            assert row["outcome"] == "unparsable"
+        elif number.isdecimal() and "<think>" not in row["completion"]:
+            right = int(number) == int(row["answer"])
+            assert row["outcome"] == ("correct" if right else "wrong")
+    assert {row["outcome"] for row in rows} >= {"wrong"}
 
 
 def test_what_readme_shows(here):

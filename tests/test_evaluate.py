@@ -23,7 +23,8 @@ from kdrl_jax.evaluation.model import find_policy, load_policy
 from kdrl_jax.evaluation.planning import Question, prompt_buckets
 from kdrl_jax.evaluation.runner import ask
 from kdrl_jax.models import Decoder, ModelConfig, save_hf
-from kdrl_jax.rewards import Grader
+from kdrl_jax.rewards import Grader, grade
+from kdrl_jax.rewards.format import final_answer
 from kdrl_jax.rollout import RolloutEngine, request_keys
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.display import Display
@@ -284,6 +285,25 @@ def test_running_again_continues_and_other_settings_are_refused(tiny, evaluated,
     assert "aime24.settings.json: was made with number_of_problems=3, now 2" in text
 
 
+@pytest.mark.parametrize(("form", "kept_out"), [("last_number", 2), ("text", 1)])
+def test_answers_of_other_forms_are_graded_kept_and_compared(tiny, tmp_path, form, kept_out):
+    """Gold answers too: one that is no number is nobody's last number, but it is a text."""
+    argv = [*command(tiny, tmp_path, **{"reward.answer": form}), "--benchmarks=gsm8k"]
+    entry.main([*argv, "--samples=32"])
+    rows = [json.loads(line) for line in (tmp_path / "gsm8k.jsonl").open(encoding="utf-8")]
+    for row in rows:
+        found = final_answer(row["response"], require_format=False, form=form)
+        assert row["extracted"] == found
+        verdict = grade(row["response"], "5", require_format=False, form=form)
+        assert (row["outcome"], row["reward"]) == (verdict.outcome, verdict.reward)
+    assert any(row["extracted"] for row in rows)
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results["benchmarks"]["gsm8k"]["kept_out"] == kept_out
+    assert results["settings"]["answer"] == form
+    with pytest.raises(UserError, match=f"was made with answer='{form}', now 'boxed'"):
+        entry.main([*command(tiny, tmp_path), "--benchmarks=gsm8k", "--samples=32"])
+
+
 def test_policies_are_found_in_every_form_of_folder(tiny):
     run = tiny / "run"
     assert find_policy(tiny / "hf").step is None
@@ -355,6 +375,16 @@ def test_what_cannot_be_evaluated_is_refused(tiny, tmp_path):
         entry.main([*command(tiny, tmp_path), "--benchmarks=gsm8k@main"])
     with pytest.raises(UserError, match=r"no file .*results\.json"):
         entry.main([*command(tiny, tmp_path), f"--compare={tmp_path}"])
+
+
+def test_self_check_in_another_form(tiny, capsys):
+    argv = ["--self_check", f"--data_dir={tiny / 'data'}", "--benchmarks=gsm8k"]
+    for form, right in (("text", 6), ("last_number", 5)):
+        with pytest.raises(SystemExit):
+            entry.main([*argv, f"--config.reward.answer={form}"])
+        assert f"gsm8k: {right} of 7 gold answers are correct" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"reward\.answer: 'task' needs data\.task"):
+        entry.main([*argv, "--config.reward.answer=task"])
 
 
 def test_self_check_names_bad_gold_answers(tiny, capsys):

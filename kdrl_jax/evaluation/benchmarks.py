@@ -192,13 +192,12 @@ def load_benchmark(benchmark: Benchmark, data_dir: Path | None = None) -> Loaded
 
 
 def refused_golds(problems: Sequence[Problem], grader: Grader) -> dict[int, str]:
-    r"""The places of the problems whose own gold answer does not grade as correct, and why.
+    """The places of the problems whose own gold answer does not grade as correct, and why.
 
     One that the grader cannot read makes every response wrong, so the problem belongs in no
-    average. The response that is tried keeps the format, should `grader` require it.
+    average. What is tried is a response in the form that `grader` reads; see `Grader.grade_golds`.
     """
-    golds = [p.answer for p in problems]
-    verdicts = grader.grade([f"<think></think>\\boxed{{{gold}}}" for gold in golds], golds)
+    verdicts = grader.grade_golds([p.answer for p in problems])
     return {
         i: f"{problem.id}: the gold answer {problem.answer!r} grades as {verdict.outcome}"
         for i, (problem, verdict) in enumerate(zip(problems, verdicts, strict=True))

@@ -120,6 +120,7 @@ def make_plan(
             "temperature": config.eval.temperature,
             "max_new_tokens": length,
             "prompt_style": style,
+            "answer": config.reward.answer,
             "require_format": config.reward.require_format,
             "timeout_s": config.reward.timeout_s,
             "dtype": config.student.dtype,

@@ -10,7 +10,6 @@ from typing import Any
 from kdrl_jax.data import Tokenizer
 from kdrl_jax.evaluation.planning import Question
 from kdrl_jax.rewards import Grader
-from kdrl_jax.rewards.format import final_answer
 from kdrl_jax.rollout import RolloutEngine, sampling_params
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import Responses, grade_all, respond
@@ -78,7 +77,7 @@ def ask(
                 )
             problems = [q.problem for q in asked]
             verdicts = grade_all(grader, said.texts, problems)
-            new = _rows(problems, said, verdicts, samples, grader.require_format)
+            new = _rows(problems, said, verdicts, samples, grader.answers(said.texts))
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             file.flush()
             rows += new
@@ -92,7 +91,7 @@ def _rows(
     said: Responses,
     verdicts: Sequence[Verdict],
     samples: int,
-    require_format: bool,
+    answers: Sequence[str | None],
 ) -> list[Row]:
     each = [problem for problem in problems for _ in range(samples)]
     return [
@@ -102,15 +101,15 @@ def _rows(
             "problem": problem.problem,
             "answer": problem.answer,
             "response": text,
-            "extracted": final_answer(text, require_format=require_format),
+            "extracted": answer,
             "outcome": verdict.outcome,
             "reward": verdict.reward,
             "length": length,
             "finish_reason": "length" if cut else "stop",
             "repeats": loops,
         }
-        for i, (problem, text, length, cut, loops, verdict) in enumerate(
-            zip(each, *said, verdicts, strict=True)
+        for i, (problem, text, length, cut, loops, verdict, answer) in enumerate(
+            zip(each, *said, verdicts, answers, strict=True)
         )
     ]
 

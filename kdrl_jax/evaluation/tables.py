@@ -84,10 +84,11 @@ def markdown(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = (
         _accuracy(names, [results, *others]),
         *_missing(names),
         _details(results["benchmarks"]),
-        "pass@k and maj@k are of the same k samples. Answered: with a boxed answer. Tokens: mean "
-        "length of a response. Cut: ended by the limit. Repeating: of the cut responses, those at "
-        "least half of whose last 1024 tokens' 4-grams occurred before among them. Kept out: rows "
-        "without a gold answer, or with one that does not itself grade as correct.",
+        "pass@k and maj@k are of the same k samples. Answered: with an answer of the form that "
+        "is graded. Tokens: mean length of a response. Cut: ended by the limit. Repeating: of the "
+        "cut responses, those at least half of whose last 1024 tokens' 4-grams occurred before "
+        "among them. Kept out: rows without a gold answer, or with one that does not itself grade "
+        "as correct.",
         *_notes(results["benchmarks"]),
         "Settings: " + ", ".join(f"{k} {v}" for k, v in results["settings"].items()),
     ]

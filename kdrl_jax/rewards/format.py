@@ -1,26 +1,33 @@
-r"""What a response must look like, and where its final answer is. Linear in the text's length."""
+r"""What a response must look like, and where its final answer is. Linear in the text's length.
+
+A final answer has one of FORMS: the content of the last `\boxed{}`, the last number, or the whole
+text that follows the reasoning.
+"""
 
 from __future__ import annotations
 
 import re
 
+from kdrl_jax.rewards.number_answer import last_number
+
 THINK, END_THINK = "<think>", "</think>"
+FORMS = ("boxed", "last_number", "text")
+"""The forms of an answer that are read here; a task may have one of its own."""
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*")
 _BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"(?![(\[])[^\s$]+")
 
 
-def has_format(text: str) -> bool:
-    r"""Whether a completion reasons once and then answers (arXiv 2506.02208, main setting).
+def has_format(text: str, form: str = "boxed") -> bool:
+    r"""Returns whether a completion reasons once and then answers (arXiv 2506.02208, main setting).
 
     Required: exactly one `</think>`; at most one `<think>`, with nothing but white space before
-    it; a closed `\boxed{...}` after the `</think>`. The opening `<think>` may be missing from the
-    completion because some chat templates (R1-Distill's) end the prompt with it. Text around the
-    box is free; a box inside the reasoning is not an answer.
+    it; an answer of `form` after the `</think>`, for "boxed" a closed `\boxed{...}`. The opening
+    `<think>` may be missing from the completion because some chat templates (R1-Distill's) end the
+    prompt with it. Text around the box is free; a box inside the reasoning is not an answer.
     """
-    part = answer_part(text)
-    return part is not None and last_boxed(part) is not None
+    return final_answer(text, require_format=True, form=form) is not None
 
 
 def answer_part(text: str) -> str | None:
@@ -34,13 +41,39 @@ def answer_part(text: str) -> str | None:
     return answer
 
 
-def final_answer(text: str, *, require_format: bool) -> str | None:
-    r"""The content of the last box: of the answer part if the format is required, else of all.
+def after_reasoning(text: str) -> str | None:
+    """Returns what follows the last `</think>`: all of `text` where there are no tags.
 
-    None: there is no such box, or the format is required and not kept.
+    None: a `<think>` stands behind it, so the reasoning goes on to the end.
     """
-    part = answer_part(text) if require_format else text
-    return None if part is None else last_boxed(part)
+    _, _, part = text.rpartition(END_THINK)
+    return None if THINK in part else part
+
+
+def final_answer(text: str, *, require_format: bool, form: str = "boxed") -> str | None:
+    r"""Returns the final answer of a completion, or None where it has none.
+
+    Args:
+      require_format: None, too, where the `<think>` tags are not as `has_format` asks; the answer
+        is then looked for behind `</think>` alone.
+      form: one of FORMS. "boxed": the content of the last box, without the format wherever it is.
+        "last_number": see `number_answer`; "text": everything, stripped, None for nothing. Both
+        leave out what precedes the last `</think>`.
+    """
+    if require_format:
+        part = answer_part(text)
+    else:
+        part = text if form == "boxed" else after_reasoning(text)
+    if part is None:
+        return None
+    if form == "boxed":
+        return last_boxed(part)
+    return last_number(part) if form == "last_number" else part.strip() or None
+
+
+def as_response(answer: str, form: str) -> str:
+    r"""Returns a completion in the required format whose answer, of one of FORMS, is `answer`."""
+    return "<think></think>" + (f"\\boxed{{{answer}}}" if form == "boxed" else answer)
 
 
 def last_boxed(text: str) -> str | None:

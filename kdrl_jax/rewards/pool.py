@@ -9,6 +9,7 @@ them. What is done in this process is linear in the response's length.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 import json
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from kdrl_jax.rewards.format import final_answer
+from kdrl_jax.rewards.format import FORMS, answer_part, as_response, final_answer
 from kdrl_jax.rewards.math_answer import (
     MAX_LENGTH,
     clean,
@@ -27,6 +28,7 @@ from kdrl_jax.rewards.math_answer import (
     without_unit,
 )
 from kdrl_jax.rewards.supervisor import Counts, Request, Supervisor, kill_all, worker_command
+from kdrl_jax.rewards.text_answer import has_words, same_text
 from kdrl_jax.types import Outcome, UserError, Verdict
 
 REMEMBERED = 10_000  # verdicts of earlier comparisons
@@ -34,7 +36,13 @@ MAX_BOX = 10 * MAX_LENGTH  # characters of a box that are still looked at
 MAX_WAITING = 256  # calls of `submit` that may wait; one more waits for the first to be done
 
 Verifier = Callable[[str, str, dict[str, Any]], bool]
-"""(answer from the box, gold answer, the problem's meta) -> whether the answer is right."""
+"""(the response's answer, gold answer, the problem's meta) -> whether the answer is right."""
+
+Extractor = Callable[[str], str | None]
+"""(completion) -> its answer, or None where it has none."""
+
+Found = tuple[str | None, Outcome | None]
+"""The answer of a response; or None and, where the search for it failed, the outcome."""
 
 
 class Grader:
@@ -50,6 +58,7 @@ class Grader:
         timeout_s: float = 3.0,
         require_format: bool = True,
         verify: Verifier | str | None = None,
+        form: Extractor | str = "boxed",
     ):
         """
         Args:
@@ -58,18 +67,24 @@ class Grader:
             worker's start is not counted. What is slow to compare may thus time out on a busy
             machine alone, the one outcome that can vary; it is asked again the next time.
           require_format: a response that lacks the format (`has_format`) is not graded further.
-          verify: judges the answer in the box. None: mathematical equivalence. A function: called
-            in this process, so it must be quick whatever it is given. 'module:attribute': imported
-            and called in the worker processes, with their time limit; they find the module on
-            this process's `sys.path`.
+          verify: judges the answer. None: mathematical equivalence; of the form "text" an answer
+            with words in it is compared as a text alone. A function: called in this process, so it
+            must be quick whatever it is given. 'module:attribute': imported and called in the
+            worker processes, with their time limit; they find the module on this process's
+            `sys.path`.
+          form: of the answer in a response: one of FORMS, see `format.final_answer`; or, in this
+            process or by its name like `verify`, a function that finds it. That is given the whole
+            completion or, where the format is required, what follows `</think>`.
 
         Raises:
-          ValueError: a number out of range.
+          ValueError: a number out of range, or no such form.
         """
         if workers < 1 or not timeout_s > 0:
             raise ValueError(f"need workers >= 1 and timeout_s > 0, not {workers} and {timeout_s}")
+        if isinstance(form, str) and form not in FORMS and ":" not in form:
+            raise ValueError(f"form {form!r} is none of {', '.join(FORMS)}, nor module:attribute")
         self.workers, self.timeout_s, self.require_format = workers, timeout_s, require_format
-        self.verify = verify
+        self.verify, self.form = verify, form
         own = ("verify", [verify]) if isinstance(verify, str) else None
         self._command = worker_command(timeout_s, own)
         needed = verify if isinstance(verify, str) else "math-verify"
@@ -77,6 +92,11 @@ class Grader:
             self._command, workers, timeout_s, needed, secrets=isinstance(verify, str)
         )
         self._pool = self._supervisor.workers
+        self._readers: Supervisor | None = None
+        if isinstance(form, str) and form not in FORMS:
+            command = worker_command(timeout_s, ("answer", [form]))
+            self._readers = _Readers(command, workers, timeout_s, form)
+            self._end_readers = weakref.finalize(self, kill_all, self._readers.workers)
         self._known: collections.OrderedDict[Request, Outcome] = collections.OrderedDict()
         self._lock = threading.Lock()
         self._background: ThreadPoolExecutor | None = None
@@ -94,18 +114,26 @@ class Grader:
 
         Grading again would start new workers.
         """
-        self._supervisor.stop()
+        supervisors = [s for s in (self._supervisor, self._readers) if s]
+        for supervisor in supervisors:
+            supervisor.stop()
         if self._background:
             self._background.shutdown(cancel_futures=True)
             self._background = None
         with self._lock:
-            kill_all(self._pool)
-            self._supervisor.resume()
+            for supervisor in supervisors:
+                kill_all(supervisor.workers)
+                supervisor.resume()
 
     def take_counts(self) -> Counts:
         """What the worker processes have done since the last call."""
         with self._lock:
             counts, self._supervisor.counts = self._supervisor.counts, Counts()
+            if self._readers:
+                first, second = dataclasses.asdict(counts), dataclasses.asdict(self._readers.counts)
+                longest = max(counts.seconds_max, self._readers.counts.seconds_max)
+                both = {name: first[name] + second[name] for name in first}
+                counts, self._readers.counts = Counts(**both | {"seconds_max": longest}), Counts()
         return counts
 
     def grade(
@@ -136,13 +164,54 @@ class Grader:
         if not len(responses) == len(answers) == len(metas):
             counts = f"{len(responses)} responses but {len(answers)} answers and {len(metas)} metas"
             raise ValueError(counts)
+        return self._judge(self._find(responses), answers, metas)
+
+    def grade_golds(self, golds: Sequence[str]) -> list[Verdict]:
+        """Returns the verdicts on responses that answer with the gold answer itself, in the format.
+
+        Only where a function finds the answers is none looked for: which response it would find
+        them in is not known.
+        """
+        if self.form in FORMS:
+            return self.grade([as_response(gold, str(self.form)) for gold in golds], golds)
+        return self._judge([(gold, None) for gold in golds], golds, [{}] * len(golds))
+
+    def answers(self, responses: Sequence[str]) -> list[str | None]:
+        """Returns the answer of each response, None where it has none that can be graded."""
+        return [answer for answer, _ in self._find(responses)]
+
+    def _find(self, responses: Sequence[str]) -> list[Found]:
+        """Returns the answers, by worker processes where a name says what finds them."""
+        form, required = self.form, self.require_format
+        if isinstance(form, str) and form in FORMS:
+            read = functools.partial(final_answer, require_format=required, form=form)
+            return [(read(response), None) for response in responses]
+        parts = [answer_part(response) if required else response for response in responses]
+        texts = dict.fromkeys(part for part in parts if part is not None)
+        found: dict[str | None, Found] = {None: (None, None)}
+        if self._readers:
+            with self._lock:
+                replies = self._readers.ask([(text,) for text in texts])
+            found |= {text: replies[(text,)] for text in texts}
+        elif callable(form):
+            found |= {text: (form(text), None) for text in texts}
+        return [found[part] for part in parts]
+
+    def _judge(
+        self, found: Sequence[Found], golds: Sequence[str], metas: Sequence[dict[str, Any]]
+    ) -> list[Verdict]:
+        """Returns the verdicts on answers, by worker processes as far as they need one."""
         outcomes: list[Outcome | None] = []
         pairs: dict[int, Request] = {}
-        for i, (response, gold, meta) in enumerate(zip(responses, answers, metas, strict=True)):
-            if self.verify is None:
-                outcome, pair = _decide(response, gold, self.require_format)
+        for i, ((answer, failed), gold, meta) in enumerate(zip(found, golds, metas, strict=True)):
+            outcome: Outcome | None
+            pair: Request = ()
+            if answer is None:
+                outcome = failed or ("format" if self.require_format else "unparsable")
+            elif self.verify is None:
+                outcome, pair = _decide(answer, gold, as_text=self.form == "text")
             else:
-                outcome, pair = _ask(self.verify, response, gold, meta, self.require_format)
+                outcome, pair = _ask(self.verify, answer, gold, meta)
             outcomes.append(outcome)
             if outcome is None:
                 pairs[i] = pair
@@ -192,35 +261,51 @@ class Grader:
         return done | asked
 
 
-def _decide(response: str, gold: str, require_format: bool) -> tuple[Outcome | None, Request]:
-    """The outcome as far as it needs no worker, else None and what to compare."""
-    boxed = final_answer(response, require_format=require_format)
-    if boxed is None and require_format:
-        return "format", ()
-    if not boxed or len(boxed) > max(MAX_BOX, 2 * len(gold)):
+class _Readers(Supervisor):
+    """Workers that find answers in completions; a reply is a `Found`."""
+
+    timed_out: Found = (None, "timeout")
+    crashed: Found = (None, "unparsable")
+
+    def understand(self, reply: Any) -> Any:
+        """See `Supervisor`."""
+        if isinstance(reply, dict) and reply.keys() == {"answer"}:
+            answer = reply["answer"]
+            return (answer, None) if answer is None or isinstance(answer, str) else None
+        return self.crashed if super().understand(reply) == "unparsable" else None
+
+
+def _decide(answer: str, gold: str, *, as_text: bool) -> tuple[Outcome | None, Request]:
+    """The outcome as far as it needs no worker, else None and what to compare.
+
+    Args:
+      as_text: the answer may be prose, which is no product of its letters.
+    """
+    if not answer or len(answer) > max(MAX_BOX, 2 * len(gold)):
         return "unparsable", ()
-    answer, wanted = clean(boxed), clean(gold)
-    if not answer:
+    cleaned, wanted = clean(answer), clean(gold)
+    if not cleaned:
         return "unparsable", ()
-    if not same_unit(gold, boxed):
+    if as_text and same_text(answer, gold):
+        return "correct", ()
+    if not same_unit(gold, answer):
         return "wrong", ()
-    equal = quick_verdict(wanted, answer)
+    equal = quick_verdict(wanted, cleaned)
     if equal is None:
-        if too_deep(answer):
+        if as_text and has_words(without_unit(cleaned)):
+            return "wrong", ()
+        if too_deep(cleaned):
             return "unparsable", ()
-        return None, (without_unit(wanted), without_unit(answer))
-    if not equal and len(answer) > MAX_LENGTH:
+        return None, (without_unit(wanted), without_unit(cleaned))
+    if not equal and len(cleaned) > MAX_LENGTH:
         return "unparsable", ()
     return "correct" if equal else "wrong", ()
 
 
 def _ask(
-    verify: Verifier | str, response: str, gold: str, meta: dict[str, Any], require_format: bool
+    verify: Verifier | str, answer: str, gold: str, meta: dict[str, Any]
 ) -> tuple[Outcome | None, Request]:
     """The outcome by a task's verifier, or None and what to ask it in a worker."""
-    answer = final_answer(response, require_format=require_format)
-    if answer is None and require_format:
-        return "format", ()
     if not answer:
         return "unparsable", ()
     if not isinstance(verify, str):
@@ -240,7 +325,9 @@ def _shared_grader() -> Grader:
     return Grader(workers=1)  # closes with the program
 
 
-def grade(response: str, answer: str, *, require_format: bool = True) -> Verdict:
+def grade(
+    response: str, answer: str, *, require_format: bool = True, form: str = "boxed"
+) -> Verdict:
     r"""The verdict on one response; `Grader.grade` is the way to grade many.
 
     Bounded in time whatever the response (`\boxed{9^{9^{9}}}`): what needs computer algebra runs
@@ -252,11 +339,15 @@ def grade(response: str, answer: str, *, require_format: bool = True) -> Verdict
       answer: the gold answer; LaTeX without dollar signs, or plain text.
       require_format: grade only a response that has the format (`has_format`), after whose
         `</think>` the answer is looked for. False: the last box, wherever it is.
+      form: of the answer in the response, one of FORMS; see `format.final_answer`.
 
     Returns:
       Verdict with reward 1 for "correct", else 0; see `Grader.grade` for the outcomes.
     """
-    outcome, pair = _decide(response, answer, require_format)
+    found = final_answer(response, require_format=require_format, form=form)
+    if found is None:
+        return _verdict("format" if require_format else "unparsable")
+    outcome, pair = _decide(found, answer, as_text=form == "text")
     if outcome is None:
         grader = _shared_grader()
         with grader._lock:

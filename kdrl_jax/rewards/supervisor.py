@@ -72,7 +72,8 @@ def worker_command(timeout_s: float, own: tuple[str, Sequence[str]] | None = Non
 
     Args:
       timeout_s: most seconds of CPU time for a request.
-      own: functions of the user's own: 'verify' or 'reward', and their names; None: mathematics.
+      own: functions of the user's own: 'verify', 'answer' or 'reward', and their names; None:
+        mathematics.
     """
     command = [sys.executable, "-P", str(Path(__file__).with_name("worker.py")), str(timeout_s)]
     if own:

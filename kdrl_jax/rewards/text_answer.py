@@ -11,6 +11,17 @@ from kdrl_jax.rewards.math_answer import MAX_LENGTH, clean
 _MARKED = re.compile(r"\\(?:text|textbf|texttt|mathrm|mbox) ?\{([^{}]*)\}")
 _NUMBER = re.compile(r"[+-]?(?:\d{1,3}(?:,\d{3})+|\d{1,100})(?:\.\d{1,100})?", re.ASCII)
 
+_LATEX = re.compile(r"\\(?:begin|end)\{[a-z]+\*?\}|\\[A-Za-z]+")
+_WORD = re.compile(r"[^\W\d_]{2}")
+
+
+def has_words(text: str) -> bool:
+    r"""Returns whether there are two letters in a row outside LaTeX commands, so that it is prose.
+
+    The content of `\text{}` counts; `\frac`, `\begin{pmatrix}` and single letters do not.
+    """
+    return _WORD.search(_LATEX.sub(" ", text)) is not None
+
 
 def same_text(answer: str, gold: str, meta: dict[str, Any] | None = None) -> bool:
     r"""Whether two answers are one text, or one number in decimal notation.

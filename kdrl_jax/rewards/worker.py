@@ -5,8 +5,10 @@ about a second and holds neither JAX nor a device. One JSON request a line on st
 a line on stdout: `[gold, answer]` -> "correct" | "wrong" | "unparsable".
 
 Told a verifier's name, it asks that function instead: `[gold, answer, meta]` -> the same, or
-"unparsable: …" with the exception that it raised. Told the names of reward functions, it calls
-them: `[which, arguments]` -> a list of numbers and nulls, or "…" with the exception.
+"unparsable: …" with the exception that it raised. Told that of a function which finds answers, it
+calls that: `[completion]` -> {"answer": text or null}, or "unparsable: …". Told the names of reward
+functions, it calls them: `[which, arguments]` -> a list of numbers and nulls, or "…" with the
+exception.
 
 math-verify's own timeouts stay off: they need SIGALRM, which does not interrupt long C calls. The
 parent kills this process instead. Everything here is therefore free to hang or to die.
@@ -51,6 +53,7 @@ DENIED = (
 FORBIDDEN = 86  # its exit code
 MAX_DIGITS = 1e5  # of a number that is still evaluated
 MAX_NODES = 5000  # of an expression that is still looked at
+MAX_REPLY = 60_000  # characters of JSON of an answer that a function finds; the parent reads 64 KiB
 
 
 def limit_memory() -> None:
@@ -274,6 +277,22 @@ def ask(verify: Callable[[str, str, Any], Any], gold: str, answer: str, meta: st
         return f"unparsable: {type(error).__name__}: {error}"
 
 
+def find(extract: Callable[[str], Any], completion: str) -> Any:
+    """What a task's own function finds in a completion."""
+    try:
+        answer = extract(completion)
+        if not (answer is None or isinstance(answer, str)):
+            raise TypeError(f"returned {type(answer).__name__}; return the answer's text, or None")
+        reply = {"answer": answer}
+        if len(json.dumps(reply)) > MAX_REPLY:
+            raise ValueError(f"returned an answer of {len(answer or '')} characters")
+        return reply
+    except MemoryError:
+        os._exit(1)
+    except Exception as error:
+        return f"unparsable: {type(error).__name__}: {error}"[:1000]
+
+
 def call(functions: list[Callable[..., Any]], which: str, arguments: str) -> Any:
     """What a reward function gives for keyword `arguments` in JSON."""
     try:
@@ -286,8 +305,8 @@ def call(functions: list[Callable[..., Any]], which: str, arguments: str) -> Any
 
 
 def main() -> None:
-    """Arguments: seconds for a request; for functions of the user's own then 'verify' or 'reward',
-    their names, and the sys.path by which the parent process finds them.
+    """Arguments: seconds for a request; for functions of the user's own then 'verify', 'answer' or
+    'reward', their names, and the sys.path by which the parent process finds them.
     """
     timeout_s = float(sys.argv[1])
     for number in (signal.SIGINT, signal.SIGTERM):  # Slurm sends them to all processes of a job
@@ -304,8 +323,8 @@ def main() -> None:
         sys.path[:] = json.loads(sys.argv[4])
         own = [load_function(name) for name in json.loads(sys.argv[3])]
         reply = functools.partial(call, own)
-        if sys.argv[2] == "verify":
-            reply = functools.partial(ask, own[0])
+        if sys.argv[2] in ("verify", "answer"):
+            reply = functools.partial(ask if sys.argv[2] == "verify" else find, own[0])
     else:
         no_gmpy()
         sys.dont_write_bytecode = True

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kdrl_jax.config import load_attribute
-from kdrl_jax.rewards.pool import Verifier
+from kdrl_jax.rewards.pool import Extractor, Verifier
 from kdrl_jax.rewards.text_answer import same_text
 from kdrl_jax.tasks import arithmetic, knights_knaves, reasoning_gym
 from kdrl_jax.types import Problem, UserError
@@ -27,14 +27,17 @@ class Task:
     alphabet: the characters that problems and solutions are written with, apart from the pieces
       `<think>`, `</think>`, `\boxed{` and `}`, which the embedded tokenizer always has; None: the
       task needs a real model's tokenizer.
-    verify: `(answer, gold, meta) -> bool` judges the answer in the box against the problem's
+    verify: `(answer, gold, meta) -> bool` judges the response's answer against the problem's
       answer and meta; None: mathematical equivalence.
+    answer: `(completion) -> str | None` finds the answer in a completion where reward.answer is
+      "task"; with reward.require_format it is given what follows `</think>`. None: there is none.
     """
 
     problems: Callable[..., list[Problem]]
     solution: Callable[[Problem], str] | None = None
     alphabet: str | None = None
     verify: Verifier | None = None
+    answer: Extractor | None = None
 
 
 TASKS = {
@@ -140,6 +143,27 @@ def task_verifier(name: str) -> Verifier | str | None:
     if not name or (verify := get_task(name).verify) is None:
         return None
     return f"{name}.verify" if ":" in name else verify
+
+
+def task_form(name: str) -> Extractor | str:
+    """Returns what `Grader(form=…)` takes where a task says what the answer of a completion is.
+
+    That of a 'module:ATTRIBUTE' runs in worker processes, as its verifier does.
+
+    Raises:
+      UserError: no such task, none at all, or one that does not say.
+    """
+    if not name:
+        raise UserError(
+            "reward.answer: 'task' needs data.task, whose function says what the answer is; name "
+            "a task, or use 'boxed', 'last_number' or 'text'"
+        )
+    if (answer := get_task(name).answer) is None:
+        raise UserError(
+            f"reward.answer: 'task', but {name!r} has no function `answer`; give it one, or use "
+            "'boxed', 'last_number' or 'text'"
+        )
+    return f"{name}.answer" if ":" in name else answer
 
 
 def _own_task(name: str) -> Task:

@@ -1,4 +1,4 @@
-"""Checks of what a config names of the user's own: reward functions and prompt styles."""
+"""Checks of what a config names of the user's own: rewards, forms of answers, prompt styles."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from kdrl_jax.data.prompts import find_style
 from kdrl_jax.objectives import METHODS
 from kdrl_jax.rewards import parse_functions
+from kdrl_jax.tasks.registry import task_form
 from kdrl_jax.types import UserError
 
 
@@ -28,8 +29,35 @@ def own_code_problems(flat: dict[str, Any]) -> Iterator[str]:
             f"reward.functions: {functions!r}, but objective={objective!r} learns from no reward; "
             "leave them out, or use 'kdrl' or 'grpo'"
         )
+    if flat["reward.answer"] == "task":
+        try:
+            task_form(flat["data.task"])
+        except UserError as error:  # what is wrong with the task's name is said elsewhere
+            yield from (line for line in error.problems if line.startswith("reward.answer"))
     if not functions and not flat["reward.verdict_weight"]:
         yield (
             "reward.verdict_weight: 0 without reward.functions leaves no reward at all; raise it, "
             "or name functions"
         )
+
+
+def unweighted_verdicts(flat: dict[str, Any]) -> list[str]:
+    """Returns a warning where a verdict decides what is learnt from but is no part of the reward.
+
+    Args:
+      flat: every key of a config with its value; a config that `validate` lets pass.
+    """
+    method = METHODS[flat["objective"]]
+    if flat["reward.verdict_weight"] or not method.policy:
+        return []
+    used = {
+        "kd_mask": method.kd and flat["kd_mask"] != "none",
+        "rollout.refill": bool(flat["rollout.refill"]),
+    }
+    return [
+        f"warning: {key}={flat[key]!r} goes by the verifier's right and wrong, which "
+        "reward.verdict_weight=0 leaves out of the reward: where it cannot read the answers "
+        f"(reward.answer={flat['reward.answer']!r}) all of them are wrong; see reward/correct_frac"
+        for key, does in used.items()
+        if does
+    ]

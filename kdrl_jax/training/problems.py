@@ -21,14 +21,14 @@ from kdrl_jax.data import (
     read_problems,
 )
 from kdrl_jax.rewards import Grader, RewardFunctions
-from kdrl_jax.tasks.registry import get_task, task_problems, task_verifier
+from kdrl_jax.tasks.registry import get_task, task_form, task_problems, task_verifier
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem
 from kdrl_jax.training.roles import model_folder
 from kdrl_jax.types import Problem, UserError
 
-GRADING = ("workers", "timeout_s", "require_format")
-"""Keys of `reward` that a `Grader` takes."""
+GRADING = ("workers", "timeout_s", "require_format", "answer")
+"""Keys of `reward` that a `Grader` is made of."""
 
 
 class RunData(NamedTuple):
@@ -52,8 +52,22 @@ def load_run_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def make_grader(config: ConfigDict, task: str) -> Grader:
-    """A grader with the config's `reward` settings; task "": answers are mathematics."""
-    return Grader(**{key: config.reward[key] for key in GRADING}, verify=task_verifier(task))
+    """Returns a grader with the config's `reward` settings.
+
+    Args:
+      task: whose verifier judges; "": answers are mathematics.
+
+    Raises:
+      UserError: see `task_form`.
+    """
+    c = config.reward
+    return Grader(
+        c.workers,
+        c.timeout_s,
+        c.require_format,
+        verify=task_verifier(task),
+        form=task_form(config.data.task) if c.answer == "task" else c.answer,
+    )
 
 
 def make_reward_functions(config: ConfigDict) -> RewardFunctions:

@@ -27,6 +27,7 @@ from kdrl_jax.objectives import (
     beta_schedule,
     phase_schedule,
 )
+from kdrl_jax.rewards import FORMS
 from kdrl_jax.tasks.registry import get_task, task_args
 from kdrl_jax.training.adapters import lora_of, lora_problems
 from kdrl_jax.training.health import THRESHOLDS, WATCHES
@@ -50,6 +51,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "advantage.baseline": ("mean", "leave_one_out"),
     "optimizer.schedule": ("constant", "cosine"),
     "data.on_bad": ("raise", "drop"),
+    "reward.answer": (*FORMS, "task"),
     "student.dtype": ("float32", "bfloat16"),
     "teacher.dtype": ("float32", "bfloat16", "int8"),
     "rollout.dtype": ("", "float32", "bfloat16"),
