@@ -20,7 +20,7 @@ from kdrl_jax.training.safety import own_folder
 from kdrl_jax.training.stopping import EXIT_INTERRUPTED, EXIT_STOPPED
 from kdrl_jax.training.storage import drop_torn_programs, storage_problem
 from kdrl_jax.training.validation import validate
-from kdrl_jax.types import UserError
+from kdrl_jax.types import UserError, merged
 
 EXIT_USER_ERROR = 2
 EXIT_UNHEALTHY = 3  # saved because a watch of `health` said stop: a person is to look
@@ -145,7 +145,7 @@ def _call(main: Callable[[], Any], command: str) -> int:
 
 def _refused(problems: Sequence[str]) -> int:
     emit("error", problems=problems)
-    for line in problems:
+    for line in merged(problems):
         print(f"error: {line}", file=sys.stderr)
     return EXIT_USER_ERROR
 
