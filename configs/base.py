@@ -140,9 +140,9 @@ def get_config() -> ConfigDict:
 
     # --- rollouts ------------------------------------------------------------------------------
     c.rollout = ConfigDict()
-    c.rollout.prompts_per_step = 64
+    c.rollout.prompts_per_step = 64  # problems of a rollout batch
     c.rollout.group_size = 16  # samples per prompt
-    c.rollout.max_new_tokens = 20_480
+    c.rollout.max_new_tokens = 20_480  # of a completion; longer ones are cut
     c.rollout.temperature = 0.6
     c.rollout.top_p = 1.0  # 1: off
     c.rollout.top_k = 0  # 0: off
@@ -188,7 +188,7 @@ def get_config() -> ConfigDict:
 
     # --- update --------------------------------------------------------------------------------
     c.optimizer = ConfigDict()
-    c.optimizer.learning_rate = 1e-6
+    c.optimizer.learning_rate = 1e-6  # of AdamW, after the warm-up
     c.optimizer.warmup_steps = 0  # updates
     c.optimizer.schedule = "constant"  # constant | cosine (to zero at the last step)
     c.optimizer.b1 = 0.9
@@ -252,4 +252,4 @@ def get_config() -> ConfigDict:
     c.wandb.project = ""  # "": off
     c.wandb.entity = ""  # user or team; "": the account's own
     c.wandb.name = ""  # of the run; "": the workdir's
-    return c
+    return c.lock()  # another name than these is an error where it stands

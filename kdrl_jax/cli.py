@@ -8,19 +8,22 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from ml_collections import ConfigDict
 
-from kdrl_jax.config import read_config, split_variant
+from kdrl_jax.config import flatten, load_config, read_config, split_variant
+from kdrl_jax.config_reference import BASE, MOST_USED, describe_keys
+from kdrl_jax.config_values import OPTION
+from kdrl_jax.foreign_names import answer, here
 from kdrl_jax.processes import LostProcess, is_first, leave, wait_for_the_coordinator
 from kdrl_jax.training.display import LOGS, emit, end_line, speaking
 from kdrl_jax.training.safety import own_folder
 from kdrl_jax.training.stopping import EXIT_INTERRUPTED, EXIT_STOPPED
 from kdrl_jax.training.storage import drop_torn_programs, storage_problem
 from kdrl_jax.training.validation import validate
-from kdrl_jax.types import UserError
+from kdrl_jax.types import UserError, merged
 
 EXIT_USER_ERROR = 2
 EXIT_UNHEALTHY = 3  # saved because a watch of `health` said stop: a person is to look
@@ -32,8 +35,86 @@ KEPT = {
     "kdrl_jax.convert": "nothing has been written",
 }
 """What an interrupted command leaves, where it does not say so itself."""
-_OVERRIDE = "--config."
 LOG_HELP = f"--log {{{','.join(LOGS)}}}  how it speaks; json: one object a line"
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that answers a key given without --config., or under another trainer's name.
+
+    Args:
+      doc: of the command.
+      keys: whether --help shows the keys that are used most, and --help=all all of them.
+    """
+
+    def __init__(self, doc: str | None, *, keys: bool = False):
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+            add_help=not keys,
+        )
+        self._misplaced: list[str] = []
+        if keys:
+            says = "all: with every key"
+            self.add_argument("-h", "--help", action=_Help, nargs="?", choices=("all",), help=says)
+
+    def read(self, args: Sequence[str]) -> argparse.Namespace:
+        """The arguments.
+
+        Raises:
+          UserError: some are keys, with what to write.
+        """
+        found, problems = self.parse(args)
+        if problems:
+            raise UserError(*problems)
+        return found
+
+    def parse(self, args: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The arguments, and a line for each that is a key.
+
+        Raises:
+          UserError: some are keys, and others cannot be read.
+        """
+        self._misplaced, rest = self._take_keys(args)
+        return self.parse_args(rest), self._misplaced
+
+    def error(self, message: str) -> NoReturn:
+        """As always, but not for the least of several problems."""
+        if self._misplaced:
+            raise UserError(*self._misplaced, f"arguments: {message}")
+        super().error(message)
+
+    def _take_keys(self, argv: Sequence[str]) -> tuple[list[str], list[str]]:
+        """A line for each argument that is a key, and the other arguments."""
+        problems, rest, items = [], [], list(argv)
+        known = flatten(load_config(BASE))
+        while items:
+            item = items.pop(0)
+            flag, equals, value = item.partition("=")
+            name = flag.removeprefix("--").replace("-", "_")
+            near = [x for x in known if x == name] or [x for x in known if x.endswith(f".{name}")]
+            bare = not flag.startswith("-") and equals  # verl's form
+            ours = flag in self._option_string_actions or not (flag.startswith("--") or bare)
+            if ours or not (here(name) or len(near) == 1):
+                rest.append(item)
+                if ours and not equals and items and not items[0].startswith("-"):
+                    rest.append(items.pop(0))  # what the option is given
+                continue
+            if not equals and items and not items[0].startswith("-"):
+                value = items.pop(0)
+            line = f"{flag}: is a key; write {OPTION}{near[0]}={value or 'VALUE'}" if near else ""
+            problems.append(line or answer(name, value, OPTION))
+        return problems, rest
+
+
+class _Help(argparse.Action):
+    def __call__(self, parser: Any, namespace: Any, values: Any, option: Any = None) -> None:
+        lines = [f"keys, with the defaults of {BASE}, of which a config changes some:\n"]
+        lines.append(describe_keys(() if values else MOST_USED))
+        if not values:
+            lines.append("\n--help=all shows every key; set one by --config.KEY=VALUE")
+        print(parser.format_help(), *lines, sep="\n")
+        parser.exit()
 
 
 def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDict, Path]:
@@ -43,14 +124,12 @@ def parse_config_args(argv: list[str] | None, doc: str | None) -> tuple[ConfigDi
     """
     argv = sys.argv[1:] if argv is None else argv
     overrides, rest = split_overrides(argv)
-    parser = argparse.ArgumentParser(
-        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = Parser(doc, keys=True)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE[:VARIANT,…]")
     parser.add_argument("--workdir", type=Path, metavar="DIR")
-    args = parser.parse_args(rest)
+    args, misplaced = parser.parse(rest)
     config, problems = read_config(args.config, overrides)
-    if problems:  # name what else is wrong as well, so that one look mends it all
+    if problems := misplaced + problems:  # name what else is wrong as well: one look mends it all
         try:
             validate(config)
         except UserError as error:
@@ -67,12 +146,12 @@ def split_overrides(argv: list[str]) -> tuple[list[str], list[str]]:
     items = list(argv)
     while items:
         item = items.pop(0)
-        if not item.startswith(_OVERRIDE):
+        if not item.startswith(OPTION):
             rest.append(item)
         elif "=" in item or not items or items[0].startswith("--"):
-            overrides.append(item.removeprefix(_OVERRIDE))
+            overrides.append(item.removeprefix(OPTION))
         else:
-            overrides.append(f"{item.removeprefix(_OVERRIDE)}={items.pop(0)}")
+            overrides.append(f"{item.removeprefix(OPTION)}={items.pop(0)}")
     return overrides, rest
 
 
@@ -94,7 +173,7 @@ def run_entry(main: Callable[[], Any]) -> None:
             code = _call(main, command)
             end_line()
             emit("end", exit=code)
-        if {"-h", "--help"} & {*sys.argv} and not code:
+        if any(x.partition("=")[0] in ("-h", "--help") for x in sys.argv[1:]) and not code:
             print(f"  {LOG_HELP}")
     except UserError as error:
         code = _refused(error.problems)
@@ -145,7 +224,7 @@ def _call(main: Callable[[], Any], command: str) -> int:
 
 def _refused(problems: Sequence[str]) -> int:
     emit("error", problems=problems)
-    for line in problems:
+    for line in merged(problems):
         print(f"error: {line}", file=sys.stderr)
     return EXIT_USER_ERROR
 

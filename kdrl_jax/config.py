@@ -9,8 +9,6 @@ those of A, then of B. Where there is no such file, the project's own of that na
 
 from __future__ import annotations
 
-import ast
-import difflib
 import functools
 import hashlib
 import importlib
@@ -20,12 +18,13 @@ import operator
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from kdrl_jax.config_values import from_python, from_texts, must_be, unknown_key
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -57,25 +56,25 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Run `get_config()` of a file and apply a variant and `key=value` overrides.
+def load_config(path: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ConfigDict:
+    """Run `get_config()` of a file and apply a variant and overrides.
 
     Args:
       path: a Python file, whose folder's parent is importable while it runs; or FILE:NAME[,NAME…],
         each NAME being a key of its `VARIANTS: dict[str, dict[str, value]]`. See `find_config`.
-      overrides: 'optimizer.learning_rate=3e-6'; lists are written (1,2) or 1,2.
+      overrides: texts such as 'optimizer.learning_rate=3e-6', several values with commas; or
+        values of Python by key, see `update_config`.
 
     Raises:
       UserError: no such file, no `get_config`, no such variant, unknown keys (with the nearest),
         wrong types.
     """
-    config, problems = read_config(path, overrides)
-    if problems:
-        raise UserError(*problems)
-    return config
+    return _required(*read_config(path, overrides))
 
 
-def read_config(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+def read_config(
+    path: str | Path, overrides: Sequence[str] | Mapping[str, Any]
+) -> tuple[ConfigDict, list[str]]:
     """`load_config` that applies the overrides it can and returns what is wrong with the others.
 
     Raises:
@@ -97,14 +96,13 @@ def read_config(path: str | Path, overrides: Sequence[str]) -> tuple[ConfigDict,
         variants = getattr(module, "VARIANTS", {})
         chosen = variant.split(",") if variant else []
         changes = {k: v for name in chosen for k, v in variants.get(name, {}).items()}
-        if unknown := sorted(changes.keys() - flatten(config).keys()):
-            raise KeyError(f"variant {variant!r}: no such key as {', '.join(unknown)}")
-        config.update_from_flattened_dict(changes)
+        config, wrong = _override(config, changes)
     except Exception as error:
-        raise UserError(f"--config: {_where(error, file)}: {error}; see configs/demo.py") from error
+        raise UserError(f"--config: {_where(error, file)}: {_why(error, file)}") from error
     if unknown := [name for name in chosen if name not in variants]:
         there = f"there are {', '.join(variants)}" if variants else "the file has none"
         raise UserError(f"--config: no variant {', '.join(map(repr, unknown))} in {file}; {there}")
+    _required(config, [f"--config: {file}: variant {variant!r}: {line}" for line in wrong])
     return _override(config, overrides)
 
 
@@ -197,62 +195,78 @@ def _where(error: Exception, file: Path) -> str:
         return f"{error.filename}:{error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [f"{f.filename}:{f.lineno}" for f in frames if f.filename == str(file)]
-    return f"{lines[-1] if lines else file}: {type(error).__name__}"
+    return lines[-1] if lines else str(file)
+
+
+def _why(error: Exception, file: Path) -> str:
+    """What a config file did wrong: a key that is none, a value of another type, or the error."""
+    plain = f"{type(error).__name__}: {error}; see configs/demo.py"
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    groups = [f for f in frames if isinstance(f.f_locals.get("self"), ConfigDict)]
+    scopes = [f.f_locals for f in frames if f.f_code.co_filename == str(file)]
+    if not groups or not scopes or not isinstance(error, AttributeError | KeyError | TypeError):
+        return plain
+    known = flatten(_defaults())
+    group, called = groups[-1].f_locals["self"], groups[-1].f_locals
+    name = next((called[x] for x in ("key", "name", "attribute") if x in called), None)
+    roots = [x for x in scopes[-1].values() if isinstance(x, ConfigDict)]
+    paths = [path for root in roots for path, at in _groups(root) if at is group]
+    if not paths or not isinstance(name, str):
+        return plain
+    key = paths[0] + name
+    if key not in known:
+        return unknown_key(key, called.get("value"), known)
+    return f"{key}: {called.get('value')!r} {must_be(known[key])}"
+
+
+def _groups(config: ConfigDict, path: str = "") -> Iterator[tuple[str, ConfigDict]]:
+    """('', config), ('rollout.', config.rollout), …"""
+    yield path, config
+    for name in config:
+        if isinstance(config[name], ConfigDict):
+            yield from _groups(config[name], f"{path}{name}.")
+
+
+@functools.cache
+def _defaults() -> ConfigDict:
+    return load_config(CONFIGS / "base.py")
 
 
 def apply_overrides(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """A copy of `config` with `key=value` strings applied; see `load_config`."""
-    config, problems = _override(config, overrides)
+    return _required(*_override(config, overrides))
+
+
+def update_config(config: ConfigDict, changes: Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config` with values of Python.
+
+    Args:
+      changes: by key, as in {"rollout.group_size": 8}, by groups, as in {"rollout":
+        {"group_size": 8}}, or both. A whole number is a float too, a list or a single value a
+        tuple, a path a text.
+
+    Raises:
+      UserError: one line for each key that is none, with the nearest or with what another
+        trainer's name is here, and for each value of another type.
+    """
+    return _required(*_override(config, changes))
+
+
+def _required(config: ConfigDict, problems: Sequence[str]) -> ConfigDict:
     if problems:
         raise UserError(*problems)
     return config
 
 
-def _override(config: ConfigDict, overrides: Sequence[str]) -> tuple[ConfigDict, list[str]]:
+def _override(
+    config: ConfigDict, overrides: Sequence[str] | Mapping[str, Any]
+) -> tuple[ConfigDict, list[str]]:
     """A copy of `config` with the overrides that can be applied, and what is wrong with others."""
     config = config.copy_and_resolve_references()
-    flat = flatten(config)
-    problems: list[str] = []
-    updates: dict[str, Any] = {}
-    for item in overrides:
-        key, separator, text = item.partition("=")
-        if not separator:
-            problems.append(f"--config.{key}: no value; write --config.{key}=VALUE")
-        elif key not in flat:
-            near = difflib.get_close_matches(key, flat, n=1, cutoff=0.0)
-            problems.append(f"--config.{key}: no such key; the nearest is {near[0]}")
-        else:
-            try:
-                updates[key] = _parse(text, flat[key])
-            except ValueError as error:
-                problems.append(f"--config.{key}={text}: {error}")
+    known = flatten(config)
+    if isinstance(overrides, Mapping):
+        updates, problems = from_python(overrides, known)
+    else:
+        updates, problems = from_texts(overrides, known)
     config.update_from_flattened_dict(updates)
     return config, problems
-
-
-def _parse(text: str, default: Any) -> Any:
-    """`text` as a value of the type of `default`.
-
-    Raises:
-      ValueError: it does not read as that type.
-    """
-    kind = type(default)
-    if kind is str:
-        return text
-    if kind is bool:
-        if text.lower() not in ("true", "false"):
-            raise ValueError("must be true or false")
-        return text.lower() == "true"
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    if kind is float and type(value) is int:
-        value = float(value)
-    if kind is int and type(value) is float and value.is_integer():
-        value = int(value)
-    if kind is tuple and type(value) in (int, list):
-        value = tuple(value) if isinstance(value, list) else (value,)
-    if type(value) is not kind:
-        raise ValueError(f"must be {kind.__name__}, like {default!r}")
-    return value

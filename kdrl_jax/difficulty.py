@@ -16,7 +16,6 @@ again continues where it was interrupted; FILE.jsonl appears when all problems a
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 import sys
@@ -27,7 +26,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdrl_jax.cli import enable_compilation_cache, run_entry, split_overrides
+from kdrl_jax.cli import Parser, enable_compilation_cache, run_entry, split_overrides
 from kdrl_jax.config import digest, read_config
 from kdrl_jax.data import encode_prompts, read_problems
 from kdrl_jax.data.schemas import PASS_RATE
@@ -212,11 +211,7 @@ def histogram(counts: Sequence[dict[str, int]], samples: int) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     overrides, rest = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, metavar="FILE[:VARIANT]")
     parser.add_argument("--data", required=True, metavar="PATH", help="see kdrl_jax.data.sources")
     parser.add_argument("--model", required=True, metavar="FOLDER", help="Hugging Face or a run's")
@@ -224,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--samples", type=int, default=16, metavar="N", help="attempts (16)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N problems")
     parser.add_argument("--name", default="", help="of the model in the output")
-    args = parser.parse_args(rest)
+    args = parser.read(rest)
     config, problems = read_config(args.config, overrides)
     problems += refused(config, READS)
     for key in ("samples", "limit"):

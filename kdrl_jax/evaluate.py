@@ -22,7 +22,6 @@ says in which form.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -33,7 +32,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kdrl_jax.cli import enable_compilation_cache, run_entry, split_overrides
+from kdrl_jax.cli import Parser, enable_compilation_cache, run_entry, split_overrides
 from kdrl_jax.config import apply_overrides, read_config, saved_config
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
@@ -208,11 +207,7 @@ def _read_config(
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     overrides, rest = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", metavar="FILE[:VARIANT]")
     parser.add_argument("--checkpoint", metavar="FOLDER")
     parser.add_argument(
@@ -228,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         "--compare", type=Path, nargs="+", default=[], metavar="OUTPUT", help="more rows"
     )
     parser.add_argument("--self_check", action="store_true")
-    args = parser.parse_args(rest)
+    args = parser.read(rest)
     if args.benchmarks is None:
         args.benchmarks = ",".join(BENCHMARKS if args.self_check else PAPER_COLUMNS)
 

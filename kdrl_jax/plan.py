@@ -14,7 +14,6 @@ present. --check exits with 1 where the run does not fit.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from typing import Any
 
 import jax
 
-from kdrl_jax.cli import run_entry, split_overrides
+from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import read_config
 from kdrl_jax.network import set_offline
 from kdrl_jax.planning.machines import parse_topology, require_compiler
@@ -40,15 +39,13 @@ EXIT_DOES_NOT_FIT = 1
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     overrides, rest = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, type=Path, metavar="FILE[:VARIANT]")
     parser.add_argument("--topology", required=True, metavar="CHIP:SHAPE")
     parser.add_argument("--check", action="store_true", help="exit with 1 where it does not fit")
     parser.add_argument("--compile", metavar="NAMES", help=f"all, none or {', '.join(PROGRAMS)}")
     parser.add_argument("--output", type=Path, metavar="FILE.json")
-    args = parser.parse_args(rest)
+    args = parser.read(rest)
     config, problems = read_config(args.config, overrides)
 
     def check_machine() -> None:

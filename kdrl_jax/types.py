@@ -21,6 +21,7 @@ Each arrow of a training step is one of these records:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -38,12 +39,60 @@ FINISH_EOS, FINISH_LENGTH, UNFINISHED = 0, 1, 2
 class UserError(Exception):
     """A mistake the user can mend. Entry points print it without a traceback and exit with 2.
 
-    Each problem is one line that names the config key or file, the value found and the remedy.
+    Each problem is one line that names the config key or file, the value found and the remedy. As
+    a text they are merged, see `merged`.
     """
 
     def __init__(self, *problems: str):
-        super().__init__("\n".join(problems))
+        super().__init__("\n".join(merged(problems)))
         self.problems = list(problems)
+
+
+FEW_ALIKE, MOST_NAMED = 3, 8
+
+
+def merged(lines: Sequence[str]) -> list[str]:
+    """Lines with those that are alike made one, which counts and names the others.
+
+    Lines are alike where one word makes the difference, the same word of each, and it stands before
+    the first semicolon, behind which the remedy is. Fewer than three stay as they are. A line that
+    is there several times is once.
+    """
+    texts = list(dict.fromkeys(lines))
+    words = [line.split(" ") for line in texts]
+    groups: list[list[int]] = []  # lines by number
+    places: list[int | None] = []  # which word makes the difference; None: a line alone
+    for line, text in enumerate(words):
+        for i, group in enumerate(groups):
+            at = _difference(words[group[0]], text)
+            if at is not None and places[i] in (None, at):
+                group.append(line)
+                places[i] = at
+                break
+        else:
+            groups.append([line])
+            places.append(None)
+    said: dict[int, str] = {}
+    for group, place in zip(groups, places, strict=True):
+        first, *others = group
+        if place is None or len(group) < FEW_ALIKE:
+            said |= {line: texts[line] for line in group}
+            continue
+        names = [words[line][place].rstrip(":,") for line in others]
+        more = ", …" if len(names) > MOST_NAMED else ""
+        listed = ", ".join(names[:MOST_NAMED]) + more
+        said[first] = f"{texts[first]} (and {len(names)} more like it: {listed})"
+    return [said[line] for line in sorted(said)]
+
+
+def _difference(words: Sequence[str], others: Sequence[str]) -> int | None:
+    """The only place before the first semicolon in which two lines differ; None: more do."""
+    if len(words) != len(others):
+        return None
+    places = [i for i, (a, b) in enumerate(zip(words, others, strict=True)) if a != b]
+    ends = [i for i, word in enumerate(words) if word.endswith(";")]
+    last = ends[0] if ends else len(words) - 1
+    return places[0] if len(places) == 1 and places[0] <= last else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,11 +4,20 @@ import importlib
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kdrl_jax import config as config_module
 from kdrl_jax.cli import split_overrides
-from kdrl_jax.config import ROOT, apply_overrides, flatten, load_config, split_variant, to_json
+from kdrl_jax.config import (
+    ROOT,
+    apply_overrides,
+    flatten,
+    load_config,
+    split_variant,
+    to_json,
+    update_config,
+)
 from kdrl_jax.tasks.registry import get_task
 from kdrl_jax.training.validation import compare_for_resume, validate
 from kdrl_jax.types import UserError
@@ -131,6 +140,132 @@ def test_overrides_take_the_type_of_the_default() -> None:
     config.data.prompt_buckets = (1024,)
     assert validate(config).logprob_temperature == 0.7
     assert BASE.steps == 280, "overriding must not change the original"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("reward.functions=my_rewards:brevity*0.2", ("my_rewards:brevity*0.2",)),
+        ("reward.functions=a:b*2, c:d", ("a:b*2", "c:d")),
+        ('reward.functions=("a:b", "c:d")', ("a:b", "c:d")),
+        ('reward.functions=("a:b")', ("a:b",)),
+        ("data.filters=answer_parses", ("answer_parses",)),
+        ("data.filters=", ()),
+        (
+            "data.filters=dedupe,pass_rate:model=M,max=0.5,limit:n=3",
+            ("dedupe", "pass_rate:model=M,max=0.5", "limit:n=3"),
+        ),
+        ("student.lora.targets=q_proj,v_proj", ("q_proj", "v_proj")),
+        ("health.stop=all", ("all",)),
+        ("data.prompt_buckets=64", (64,)),
+        ("beta.phases=((0, 1.0), (5, 0))", ((0, 1.0), (5, 0))),
+    ],
+)
+def test_several_values_are_one_text(override: str, value: tuple) -> None:
+    assert flatten(apply_overrides(BASE, [override]))[override.partition("=")[0]] == value
+
+
+@pytest.mark.parametrize("text", ['("a:b"', "[a", "'a:b"])
+def test_a_broken_tuple_is_no_text(text: str) -> None:
+    with pytest.raises(UserError, match=r"must be tuple, like \('a', 'b'\)"):
+        apply_overrides(BASE, [f"reward.functions={text}"])
+    with pytest.raises(UserError, match=r"must be tuple, like \(256, 512, 1024"):
+        apply_overrides(BASE, ["data.prompt_buckets=a,b"])
+
+
+def test_values_of_python() -> None:
+    """By key, by groups, and in the clothes that people have them in."""
+    rates = np.float32(0.5), np.int64(8)
+    changes = {
+        "rollout": {"group_size": 8.0, "server": {"url": "http://a"}},
+        "rollout.temperature": 1,
+        "rollout.top_p": rates[0],
+        "eval.batch": rates[1],
+        "data.filters": ["dedupe"],
+        "reward.functions": "a:b*2",
+        "beta.phases": [[0, 1.0], [5, 0.0]],
+        "student.path": Path("a/b"),
+        "debug": True,
+    }
+    config = update_config(BASE, changes)
+    assert (config.rollout.group_size, config.rollout.server.url) == (8, "http://a")
+    assert type(config.rollout.group_size) is type(config.eval.batch) is int
+    assert type(config.rollout.temperature) is type(config.rollout.top_p) is float
+    assert config.data.filters == ("dedupe",)
+    assert config.reward.functions == ("a:b*2",)
+    assert config.beta.phases == ((0, 1.0), (5, 0.0))
+    assert config.student.path == "a/b"
+    assert config.debug is True
+    assert BASE.rollout.group_size == 16, "the original must not change"
+    assert update_config(BASE, {"rollout": config.rollout}).rollout == config.rollout
+    assert load_config(ROOT / "configs" / "base.py", changes) == config
+
+
+def test_all_that_is_wrong_from_python_is_named_at_once() -> None:
+    changes = {
+        "rollout": {"group_size": "8", "grup_size": 8},
+        "steps": True,
+        "reward.require_format": 1,
+        "student.path": None,
+        "data.prompt_buckets": {"a"},
+        "optimizer.learning_rate": float,
+        "mesh": 3,
+        "num_generations": 8,
+    }
+    with pytest.raises(UserError) as error:
+        update_config(BASE, changes)
+    lines = error.value.problems
+    assert [line.partition(":")[0] for line in lines] == [
+        *("rollout.group_size", "rollout.grup_size", "steps", "reward.require_format"),
+        *("student.path", "data.prompt_buckets", "optimizer.learning_rate", "mesh"),
+        "num_generations",
+    ]
+    assert lines[0] == "rollout.group_size: '8' must be int, like 16"
+    assert lines[1] == "rollout.grup_size: no such key; the nearest is rollout.group_size"
+    assert "set one of mesh.context, mesh.data" in lines[7]
+    assert lines[8].endswith("here it is rollout.group_size; write rollout.group_size=8")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('c.rollout.group_size = "8"', "rollout.group_size: '8' must be int, like 16"),
+        ('c["rollout"]["group_size"] = "8"', "rollout.group_size: '8' must be int, like 16"),
+        ('c.rollout.update(group_size="8")', "rollout.group_size: '8' must be int, like 16"),
+        ('c.data.filters = "dedupe"', "data.filters: 'dedupe' must be tuple, like ('a', 'b')"),
+        ("c.rollout.grup_size = 8", "rollout.grup_size: no such key; the nearest is rollout.gr"),
+        ("c.update(dict(rollout=dict(grup_size=8)))", "rollout.grup_size: no such key; the near"),
+        ("c.steps = c.rollout.grup_size", "rollout.grup_size: no such key; the nearest is rollo"),
+        ("c.rollout.num_generations = 8", "here it is rollout.group_size; write rollout.group_"),
+        ("c.rollout = 8", "rollout: is a group of keys; set one of rollout.carry, "),
+        ("c.steps = 1 // 0", "ZeroDivisionError: "),
+        ("c.steps = (", "SyntaxError: "),
+    ],
+)
+def test_a_mistake_in_a_file_is_named_with_its_line(line: str, said: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    text = "from configs.base import get_config as base\n\ndef get_config():\n    c = base()\n"
+    file.write_text(f"{text}    {line}\n    return c\n")
+    with pytest.raises(UserError) as error:
+        load_config(file)
+    (problem,) = error.value.problems
+    assert problem.startswith(f"--config: {file}:5: ")
+    assert said in problem
+    assert "ConfigDict" not in problem
+
+
+def test_types_in_a_variant_are_checked(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from configs.base import get_config\n"
+        "VARIANTS = {'a': {'steps': '5', 'data.filters': ['dedupe'], 'sed': 1}}\n"
+    )
+    with pytest.raises(UserError) as error:
+        load_config(f"{file}:a")
+    assert error.value.problems == [
+        f"--config: {file}: variant 'a': steps: '5' must be int, like 280",
+        f"--config: {file}: variant 'a': sed: no such key; the nearest is seed",
+    ]
 
 
 def test_all_bad_overrides_are_named_at_once() -> None:

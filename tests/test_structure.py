@@ -8,7 +8,10 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "kdrl_jax"
 FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
-    1: ("types", "config", "sharding", "processes", "network", "shapes", "versions"),
+    1: (
+        *("types", "config", "config_values", "config_reference", "foreign_names"),
+        *("sharding", "processes", "network", "shapes", "versions"),
+    ),
     2: ("models", "objectives", "rewards"),
     3: ("rollout", "data", "tasks"),
     4: ("training",),

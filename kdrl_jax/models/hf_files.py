@@ -15,7 +15,7 @@ from kdrl_jax.models.checksums import escapes, verify_files
 from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.models.hf_table import DTYPES, IGNORED, HFArray, Row, table_rows
 from kdrl_jax.models.qwen import Decoder
-from kdrl_jax.types import UserError
+from kdrl_jax.types import UserError, merged
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -173,7 +173,8 @@ def _same(a: Any, b: Any, rows: int = 4096) -> bool:
 
 
 def limit_lines(problems: list[str]) -> list[str]:
-    """The first MAX_LISTED lines, and how many more there are."""
+    """The first MAX_LISTED lines, those that are alike made one, and how many more there are."""
+    problems = merged(problems)
     more = len(problems) - MAX_LISTED
     return problems if more <= 0 else [*problems[:MAX_LISTED], f"... and {more} more like these"]
 

@@ -16,6 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kdrl_jax.config import CONFIGS, flatten, load_config, to_json
+from kdrl_jax.config_values import unknown_key
 from kdrl_jax.data.filters import parse_filters
 from kdrl_jax.models.lora import LoRA
 from kdrl_jax.models.qwen import REMAT
@@ -156,8 +157,7 @@ def validate(
 
 def _key_problems(flat: dict[str, Any], known: dict[str, Any]) -> Iterator[str]:
     for key in sorted(flat.keys() - known.keys()):
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)
-        yield f"{key}: no such key; the nearest is {near[0]}"
+        yield unknown_key(key, flat[key], known)
     for key in sorted(known.keys() - flat.keys()):
         yield f"{key}: missing; derive the config from configs/base.py, which has it"
     for key in sorted(known.keys() & flat.keys()):
