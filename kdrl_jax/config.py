@@ -25,6 +25,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from kdrl_jax.config_values import from_python, from_texts, must_be, unknown_key
+from kdrl_jax.own_functions import find_here, is_here
 from kdrl_jax.types import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +170,8 @@ def load_attribute(key: str, name: str, fits: Callable[[Any], bool], what: str) 
     Raises:
       UserError: no such module, one that fails, or no such attribute (with those that fit).
     """
+    if is_here(name):
+        return find_here(key, name)
     module_name, _, attribute = name.partition(":")
     if os.getcwd() not in map(os.path.abspath, sys.path):
         sys.path.append(os.getcwd())

@@ -10,7 +10,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = {
     1: (
         *("types", "config", "config_values", "config_reference", "foreign_names"),
-        *("sharding", "processes", "network", "shapes", "versions"),
+        *("own_functions", "sharding", "processes", "network", "shapes", "versions"),
     ),
     2: ("models", "objectives", "rewards"),
     3: ("rollout", "data", "tasks"),

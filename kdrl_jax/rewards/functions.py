@@ -28,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from kdrl_jax.config import load_attribute
+from kdrl_jax.own_functions import Caller, find_here, is_here
 from kdrl_jax.rewards.supervisor import Supervisor, kill_all, worker_command
 from kdrl_jax.types import OUTCOMES, UserError
 
@@ -152,7 +153,9 @@ class RewardFunctions:
     ):
         self.functions = parse_functions(texts)
         self._verdict_weight, self._timeout_s = verdict_weight, timeout_s
-        targets = [function.target for function in self.functions]
+        # Functions of this process are called here, all others in the workers.
+        self._here = Caller(timeout_s)
+        targets = [f.target for f in self.functions if not is_here(f.target)]
         command = worker_command(timeout_s, ("reward", targets))
         self._supervisor = _Callers(command, workers, timeout_s, ", ".join(targets))
         self._said: set[tuple[str, str]] = set()
@@ -181,20 +184,27 @@ class RewardFunctions:
           UserError: a meta that is not JSON, for a function that takes it.
           RuntimeError: workers do not start.
         """
+        elsewhere = [function for function in self.functions if not is_here(function.target)]
         requests = {
-            (p, i): (str(i), _arguments(group, function))
-            for i, function in enumerate(self.functions)
+            (p, function.name): (str(i), _arguments(group, function))
+            for i, function in enumerate(elsewhere)
             for p, group in enumerate(groups)
         }
         with self._lock:
-            replies = self._supervisor.ask(dict.fromkeys(requests.values()))
+            answers = self._supervisor.ask(dict.fromkeys(requests.values())) if requests else {}
+        replies = {place: answers[request] for place, request in requests.items()}
+        for function in [f for f in self.functions if is_here(f.target)]:
+            own = find_here(KEY, function.target)
+            for p, group in enumerate(groups):
+                arguments = {name: list(group[name]) for name in function.takes}
+                replies[p, function.name] = self._here.call(own, arguments)
         size = len(groups[0]["completions"]) if groups else 0
         found = {}
-        for i, function in enumerate(self.functions):
+        for function in self.functions:
             values = np.full((len(groups), size), np.nan, np.float32)
             failed = np.zeros(len(groups), np.float32)
             for p, group in enumerate(groups):
-                reply = replies[requests[p, i]]
+                reply = replies[p, function.name]
                 kind, why = _fault(reply, size, self._timeout_s)
                 if kind:
                     failed[p] = 1.0

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 import kdrl_jax
 from kdrl_jax.config import ROOT, digest
 from kdrl_jax.models.checksums import SUMS, digest_of
+from kdrl_jax.own_functions import is_here, source_digest
 from kdrl_jax.training.locate import PROVENANCE, model_name
 from kdrl_jax.training.roles import model_folder
 from kdrl_jax.training.storage import write_atomic
@@ -58,7 +59,9 @@ def own_code(config: ConfigDict) -> dict[str, str]:
     """The SHA-256 of each file of the user's own that the config names by 'module:…'."""
     names = [str(name) for name in config.reward.functions]
     names += [name for name in (config.data.task, config.data.prompt_style) if ":" in name]
-    found = {}
+    given = [("reward.functions", str(name).partition("*")[0]) for name in config.reward.functions]
+    given.append(("data.prompt_style", config.data.prompt_style))
+    found = {name: source_digest(key, name) for key, name in given if is_here(name)}
     for module in sorted({name.partition(":")[0] for name in names} & sys.modules.keys()):
         file = getattr(sys.modules[module], "__file__", None)
         if file and Path(file).is_file():
