@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax.config import flatten, load_config, read_config, split_variant
@@ -19,9 +18,8 @@ from kdrl_jax.config_values import OPTION
 from kdrl_jax.foreign_names import answer, here
 from kdrl_jax.processes import LostProcess, is_first, leave, wait_for_the_coordinator
 from kdrl_jax.training.display import LOGS, emit, end_line, speaking
-from kdrl_jax.training.safety import own_folder
 from kdrl_jax.training.stopping import EXIT_INTERRUPTED, EXIT_STOPPED
-from kdrl_jax.training.storage import drop_torn_programs, storage_problem
+from kdrl_jax.training.storage import storage_problem
 from kdrl_jax.training.validation import validate
 from kdrl_jax.types import UserError, merged
 
@@ -268,17 +266,3 @@ def silence_bars() -> None:
         os.environ.setdefault(f"{library}_DISABLE_PROGRESS_BARS", "1")
         if found := sys.modules.get(module):  # which has read the variable already
             found.disable_progress_bars()
-
-
-def enable_compilation_cache(folder: Path) -> None:
-    """Keep compiled programs under `folder`, so that a resumed run starts at once.
-
-    Raises:
-      UserError: anybody may write there; the programs are executed.
-    """
-    own_folder(folder, "cache_dir", make=False)
-    found = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    if found is None:
-        jax.config.update("jax_compilation_cache_dir", str((folder / "compiled").resolve()))
-    if is_first():
-        drop_torn_programs(Path(found) if found else folder / "compiled")

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from kdrl_jax.cli import Parser, enable_compilation_cache, run_entry, split_overrides
+from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import digest, read_config
 from kdrl_jax.data import encode_prompts, read_problems
 from kdrl_jax.data.schemas import PASS_RATE
@@ -34,6 +34,7 @@ from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
 from kdrl_jax.network import set_offline
 from kdrl_jax.rollout import DRAWING, RolloutEngine, sampling_params
+from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem, grade_all, respond
 from kdrl_jax.training.meshes import rollout_mesh

@@ -32,7 +32,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from kdrl_jax.cli import Parser, enable_compilation_cache, run_entry, split_overrides
+from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import apply_overrides, read_config, saved_config
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
@@ -56,6 +56,7 @@ from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
 from kdrl_jax.network import set_offline
 from kdrl_jax.rewards import FORMS, Grader
 from kdrl_jax.rollout import RolloutEngine
+from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import lock_folder, unlock_folder

@@ -29,23 +29,22 @@ from typing import Any
 
 import jax
 
-from kdrl_jax.cli import enable_compilation_cache, run_entry
-from kdrl_jax.config import CONFIGS, load_config, saved_config
+from kdrl_jax.cli import run_entry
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_content, find_style
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import Refusals
 from kdrl_jax.generation.asking import read_prompts, write_rows
 from kdrl_jax.generation.conversation import converse
+from kdrl_jax.generation.opened import has_template, limit_problems, run_settings, usual_dtype
 from kdrl_jax.generation.sampler import Sampler, Settings
 from kdrl_jax.generation.screen import Screen
 from kdrl_jax.generation.show import CompileNotice
 from kdrl_jax.rollout import DRAWING
 from kdrl_jax.sharding import make_mesh
+from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display, log_kind
 from kdrl_jax.training.roles import mesh_problems
 from kdrl_jax.types import Problem, UserError
-
-USUAL_TOKENS = 1024
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,14 +54,13 @@ def main(argv: list[str] | None = None) -> None:
     policies = _policies(args, wrong)
     tokenizers = [found for p in policies if (found := wrong.attempt(p.tokenizer))]
     wrong.raise_any()
-    known = _run_settings(policies[0])
+    known = run_settings(policies[0])
     if args.prompt_style is None:
-        chats = wrong.attempt(_chats, tokenizers[0])
-        usual = "chat" if chats else "plain"
+        usual = "chat" if has_template(tokenizers[0]) else "plain"
         args.prompt_style = known.pop("prompt_style", usual)
     settings = _settings(args, known, wrong)
     windows = [policy.shape().max_positions for policy in policies]
-    dtype = args.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    dtype = args.dtype or usual_dtype()
     mesh = wrong.attempt(_mesh, args.tensor, policies)
     if len(policies) == 2 and args.logprobs:
         try:
@@ -148,36 +146,15 @@ def _names(policies: Sequence[PolicyFolder]) -> list[str]:
     return short if len(set(short)) == len(short) else [str(p) for p in policies]
 
 
-def _run_settings(policy: PolicyFolder) -> dict[str, Any]:
-    """What a run's config says of drawing, with the usual for what it does not."""
-    file = policy.folder / "config.json"
-    own = policy.step is not None and file.is_file()
-    config = saved_config(file) if own else load_config(CONFIGS / "base.py")
-    found = {key: config.rollout[key] for key in DRAWING} | {"cache_dir": config.cache_dir}
-    return found | (
-        {"prompt_style": config.data.prompt_style} if own else {"max_new_tokens": USUAL_TOKENS}
-    )
-
-
 def _settings(args: argparse.Namespace, known: dict[str, Any], wrong: Refusals) -> Settings:
     given = {key: getattr(args, key) for key in DRAWING}
     values = {key: known[key] if value is None else value for key, value in given.items()}
-    limits: list[tuple[str, Any, Any, str]] = [
-        ("max_new_tokens", 1, None, "must be at least 1"),
-        ("temperature", 0, None, "must not be negative"),
-        ("top_p", 1e-9, 1, "must be above 0 and at most 1"),
-        ("top_k", 0, None, "must not be negative"),
-        ("min_p", 0, 1, "must be from 0 to 1"),
-        ("samples", 1, None, "must be at least 1"),
-        ("seed", 0, 2**32 - 1, "must be from 0 to 2**32 - 1"),
-        ("batch", 1, None, "must be at least 1"),
-        ("tensor", 1, jax.device_count(), f"must be from 1 to {jax.device_count()}, the devices"),
-    ]
-    everything = vars(args) | values
-    for name, least, most, rule in limits:
-        value = everything[name]
-        if not (value >= least and (most is None or value <= most)):
-            wrong.append(f"--{name}: {value} {rule}")
+    wrong += limit_problems(vars(args) | values, "--")
+    devices = jax.device_count()
+    if not 1 <= args.tensor <= devices:
+        wrong.append(f"--tensor: {args.tensor} must be from 1 to {devices}, the devices")
+    if args.batch < 1:
+        wrong.append(f"--batch: {args.batch} must be at least 1")
     if args.prompt is not None and args.file is not None:
         wrong.append("--prompt and --file: give one of them")
     if log_kind() == "quiet" and not args.output:
@@ -203,14 +180,6 @@ def _mesh(tensor: int, policies: Sequence[PolicyFolder]) -> jax.sharding.Mesh | 
     if problems:
         raise UserError(*problems)
     return mesh
-
-
-def _chats(tokenizer: Tokenizer) -> bool:
-    """Whether the tokenizer has a chat template."""
-    try:
-        return bool(tokenizer.chat([{"role": "user", "content": "a"}]))
-    except UserError:
-        return False
 
 
 def _prompts(args: argparse.Namespace) -> list[Problem]:

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from kdrl_jax.cli import enable_compilation_cache, run_entry
+from kdrl_jax.cli import run_entry
 from kdrl_jax.network import set_offline
 from kdrl_jax.reproduction.grid import Cell, Grid, load_grid
 from kdrl_jax.reproduction.prepare import prepare, prepare_jobs, teacher_accuracies
@@ -29,6 +29,7 @@ from kdrl_jax.reproduction.record import add_sitting, facts
 from kdrl_jax.reproduction.report import write_report
 from kdrl_jax.reproduction.results import read_results
 from kdrl_jax.reproduction.runner import missing_cells, run_cells
+from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.metrics import lock_folder, unlock_folder
 from kdrl_jax.types import UserError

@@ -17,7 +17,7 @@ import jax
 from ml_collections import ConfigDict
 
 from kdrl_jax import processes
-from kdrl_jax.cli import EXIT_UNHEALTHY, enable_compilation_cache, parse_config_args, run_entry
+from kdrl_jax.cli import EXIT_UNHEALTHY, parse_config_args, run_entry
 from kdrl_jax.config import digest, flatten
 from kdrl_jax.data import PromptBatches
 from kdrl_jax.models import Decoder
@@ -31,6 +31,7 @@ from kdrl_jax.training.base import build_base
 from kdrl_jax.training.checkpoints import stored_steps
 from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.collect import Collector, mixed, solved
+from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import evaluate
 from kdrl_jax.training.health import Health

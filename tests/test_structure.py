@@ -21,6 +21,7 @@ FLOORS = {
         *("plan", "scripts"),
     ),
 }
+FLOORS[7] = ("api",)  # the commands as functions
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -189,6 +189,21 @@ def load_benchmark(benchmark: Benchmark, data_dir: Path | None = None) -> Loaded
 
     golds = [dataclasses.replace(p, answer=gold(p.answer)) for p in problems]
     return Loaded(benchmark, golds, report.bad, report.listed)
+
+
+def load_own(source: str, fields: Mapping[str, str], name: str = "") -> Loaded:
+    """Returns problems of the user's own as a benchmark, asked once each.
+
+    Args:
+      source, fields: see `read_problems`.
+      name: of the benchmark; "": the file's.
+
+    Raises:
+      UserError: as `read_problems`.
+    """
+    name = name or Path(source.partition("?")[0]).stem
+    problems, report = read_problems(source, fields, on_bad="drop")
+    return Loaded(Benchmark(name, name, 1, "", ""), problems, report.bad, report.listed)
 
 
 def refused_golds(problems: Sequence[Problem], grader: Grader) -> dict[int, str]:
