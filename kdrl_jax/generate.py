@@ -35,9 +35,9 @@ from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import Refusals
 from kdrl_jax.generation.asking import read_prompts, write_rows
 from kdrl_jax.generation.conversation import converse
-from kdrl_jax.generation.opened import has_template, limit_problems, run_settings, usual_dtype
 from kdrl_jax.generation.sampler import Sampler, Settings
 from kdrl_jax.generation.screen import Screen
+from kdrl_jax.generation.settings import has_template, limit_problems, run_settings, usual_dtype
 from kdrl_jax.generation.show import CompileNotice
 from kdrl_jax.rollout import DRAWING
 from kdrl_jax.sharding import make_mesh
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     policies = _policies(args, wrong)
     tokenizers = [found for p in policies if (found := wrong.attempt(p.tokenizer))]
     wrong.raise_any()
-    known = run_settings(policies[0])
+    known = run_settings(policies[0].folder, policies[0].step)
     if args.prompt_style is None:
         usual = "chat" if has_template(tokenizers[0]) else "plain"
         args.prompt_style = known.pop("prompt_style", usual)

@@ -344,7 +344,7 @@ def test_a_run_that_is_not_there(run, tmp_path, capsys):
 def test_a_folder_that_is_not_a_whole_model(run, tmp_path, capsys):
     out = tmp_path / "out"
     said = refused(capsys, "--to=orbax", tmp_path / "nowhere", out)
-    assert "nowhere: no such folder; give a Hugging Face folder" in said
+    assert "nowhere; give a Hugging Face model folder" in said
     folder = tmp_path / "hf"
     shutil.copytree(run.parent / "hf", folder)
     file = folder / "model-00002-of-00003.safetensors"
