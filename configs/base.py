@@ -134,7 +134,8 @@ def get_config() -> ConfigDict:
     # "chat:…{problem}…", a user's turn, or "plain:…{problem}…", the beginning of a text
     c.data.prompt_style = "kdrl"
     c.data.max_prompt_tokens = 1024  # longer prompts are dropped, counted and reported
-    c.data.prompt_buckets = (256, 512, 1024)  # padded lengths; one compiled program for each
+    # Padded lengths; one compiled program for each. (): 64, 128, … up to max_prompt_tokens
+    c.data.prompt_buckets = (256, 512, 1024)
     c.data.size = 100_000  # problems drawn from a task
     c.data.seed = 1  # of the task's problems; held-out problems come from a disjoint split
 
@@ -199,7 +200,9 @@ def get_config() -> ConfigDict:
     c.optimizer.offload = False  # moments wait in host memory while no update is made
     c.mini_batches = 1  # updates per pass over a rollout batch; each takes whole groups
     c.epochs = 1  # passes over a rollout batch
-    c.micro_batch = 64  # rows per forward/backward, over all devices; changes memory, not results
+    # Rows per forward and backward, over all devices; changes memory, not results. 0: the most that
+    # divide the rows of an update and fit the devices by the memory plan.
+    c.micro_batch = 64
     c.logprob_chunk = 2048  # tokens whose logits exist at once, on each device
     # GiB of each device that a run may plan with; what does not fit is refused before the start.
     # 0: what the devices report, or on CPU their share of the machine's memory.

@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import digest, read_config
-from kdrl_jax.data import encode_prompts, read_problems
+from kdrl_jax.data import encode_prompts, prompt_lengths, read_problems
 from kdrl_jax.data.schemas import PASS_RATE
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
@@ -127,7 +127,7 @@ def _ask_all(
     engine = RolloutEngine(
         model,
         valid_vocab=tokenizer.size,
-        prompt_buckets=config.data.prompt_buckets,
+        prompt_buckets=prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens),
         max_new_tokens=config.rollout.max_new_tokens,
         slots=config.rollout.slots,
         mesh=mesh,

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import apply_overrides, read_config, saved_config
+from kdrl_jax.data import prompt_lengths
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
     PAPER_COLUMNS,
@@ -68,6 +69,7 @@ from kdrl_jax.types import UserError
 # What an evaluation reads of a config; only these are checked.
 READS = (
     *("seed", "cache_dir", "offline", "student.dtype", "data.prompt_style", "data.prompt_buckets"),
+    "data.max_prompt_tokens",
     *("mesh.", "rollout_mesh."),
     *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
     *("eval.samples", *(f"reward.{key}" for key in GRADING)),
@@ -118,10 +120,11 @@ def evaluate(
         display.say(f"{jax.device_count()} x {jax.devices()[0].device_kind}, {policy}")
         model, params, _ = load_policy(policy, mesh, config.student.dtype, display)
         longest = max(len(question.prompt) for plan in plans for question in plan.questions)
+        lengths = prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens)
         engine = RolloutEngine(
             model,
             valid_vocab=tokenizer.size,
-            prompt_buckets=prompt_buckets(config.data.prompt_buckets, longest),
+            prompt_buckets=prompt_buckets(lengths, longest),
             max_new_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
             mesh=mesh,

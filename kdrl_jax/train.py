@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from kdrl_jax import processes
 from kdrl_jax.cli import EXIT_UNHEALTHY, parse_config_args, run_entry
 from kdrl_jax.config import digest, flatten
-from kdrl_jax.data import PromptBatches
+from kdrl_jax.data import PromptBatches, prompt_lengths
 from kdrl_jax.models import Decoder
 from kdrl_jax.network import set_offline
 from kdrl_jax.objectives import Trend
@@ -47,6 +47,7 @@ from kdrl_jax.training.locate import (
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
 from kdrl_jax.training.metrics import unlock_folder
+from kdrl_jax.training.micro_batch import device_facts, settle_micro_batch
 from kdrl_jax.training.own_code import unweighted_verdicts
 from kdrl_jax.training.performance import Meter
 from kdrl_jax.training.problems import (
@@ -116,13 +117,17 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
     # --- Data ----------------------------------------------------------------------------------
     problems, held_out, data_report = read_run_data(config, tokenizer, display)
-    ro, buckets = config.rollout, config.data.prompt_buckets
+    ro = config.rollout
+    buckets = prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens)
     data_digest = digest([ids for _, ids in problems])
 
     # --- Student and teacher -------------------------------------------------------------------
+    with processes.together(), display.doing("checking the models' files"):
+        shapes = check_roles(config, sizes, tokenizer, meshes)
+    sizes, line = settle_micro_batch(config, sizes, shapes, meshes, workdir=workdir)
+    if line:
+        display.say(line)
     with processes.together():
-        with display.doing("checking the models' files"):
-            shapes = check_roles(config, sizes, tokenizer, meshes)
         job = (config, sizes, shapes, meshes)
         memory = MemoryCheck(*job).require(display)
         student = decoder_of(config.student, shapes["student"], sizes.lora)
@@ -130,7 +135,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         sampler_model = dataclasses.replace(student, dtype=sizes.rollout_dtype)
         server = connect(config, sampler_model, tokenizer, problems, workdir, display)
         meter = Meter(*job, display)
-    store = open_workdir(workdir, named, models, shapes["student"], tokenizer, data_report)
+    facts = (data_report, device_facts(sizes))
+    store = open_workdir(workdir, named, models, shapes["student"], tokenizer, *facts)
     start = store.latest_step()
     processes.agree(str(workdir), {"newest checkpoint": str(start)})
     teacher = reference = base = None

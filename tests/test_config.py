@@ -293,6 +293,7 @@ def test_all_bad_overrides_are_named_at_once() -> None:
         (["beta.init=1e-4"], ["beta.min: 0.001 is above beta.init=0.0001"]),
         (["data.prompt_buckets=64"], ["data.prompt_buckets: the largest, 64"]),
         (["data.prompt_buckets=(64,32)"], ["must be increasing"]),
+        (["micro_batch=-1"], ["micro_batch: -1 must not be negative"]),
         (["logprob_temperature=warm"], ["logprob_temperature: 'warm'"]),
         (["rollout.temperature=0"], ["rollout.temperature: 0.0 must be positive"]),
         (["rollout.top_p=1.5"], ["rollout.top_p: 1.5 must be at most 1"]),

@@ -8,13 +8,22 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from kdrl_jax.data import PromptBatches, load_problems, pad_prompts
+from kdrl_jax.data import PromptBatches, load_problems, pad_prompts, prompt_lengths
 from kdrl_jax.types import Problem, UserError
 
 SHARED = Path(__file__).resolve().parents[1] / ".." / "shared" / "data"
 
 
 # --- Padding -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("longest", "lengths"),
+    [(12, (12,)), (64, (64,)), (65, (64, 65)), (192, (64, 128, 192)), (256, (64, 128, 256))],
+)
+def test_lengths_that_are_not_given_are_powers_of_two(longest, lengths):
+    assert prompt_lengths((), longest) == lengths
+    assert prompt_lengths((7, longest), longest) == (7, longest)
 
 
 def test_padding_is_that_of_numpy(rng):

@@ -677,15 +677,19 @@ def refused(capsys, *argv, main=train.main):
         ({"rollout.prompts_per_step": 400}, ["rollout.prompts_per_step: 400 exceeds the 64"]),
         ({"micro_batch": 3}, ["micro_batch: 3 does not divide"]),
         ({"micro_batch": 4, "mesh.fsdp": 8}, ["micro_batch: 4 is not a multiple of mesh.data"]),
+        (
+            {"micro_batch": 0, "mesh.fsdp": 8, "rollout.prompts_per_step": 3},
+            ["mesh.data x mesh.fsdp: 8 does not divide the 12 rollouts of an update", "; 4 does"],
+        ),
         ({"mesh.fsdp": 3}, ["mesh.fsdp=3"]),
         ({"teacher.sft.batch_size": 0}, ["teacher.sft.batch_size: 0 must be at least 1"]),
         ({"data.prompt_buckets": "('a',)"}, ["data.prompt_buckets: ('a',) must be increasing"]),
         (
-            {"betta.init": 1.0, "seed": "x", "micro_batch": 0, "kd_mask": "al"},
+            {"betta.init": 1.0, "seed": "x", "micro_batch": -1, "kd_mask": "al"},
             [
                 "betta.init: no such key; the nearest is beta.init",
                 "seed=x: must be int",
-                "micro_batch: 0 must be at least 1",
+                "micro_batch: -1 must not be negative",
                 "kd_mask: 'al' is none of",
             ],
         ),

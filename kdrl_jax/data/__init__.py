@@ -21,6 +21,7 @@ from kdrl_jax.data.prompts import (
     encode_prompts,
     find_style,
     pad_prompts,
+    prompt_lengths,
 )
 from kdrl_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from kdrl_jax.data.tokenizer import (
@@ -56,6 +57,7 @@ __all__ = [
     "load_tokenizer",
     "pad_prompts",
     "parse_filters",
+    "prompt_lengths",
     "read_problems",
     "token_pieces",
 ]

@@ -187,6 +187,15 @@ def encode_content(content: Content, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.chat(content)
 
 
+def prompt_lengths(buckets: Sequence[int], longest: int) -> tuple[int, ...]:
+    """The padded lengths of prompts: `buckets`, or, where there are none, powers of two.
+
+    These begin with 64; the last is `longest`.
+    """
+    powers = [2**n for n in range(6, longest.bit_length()) if 2**n < longest]
+    return tuple(buckets) or (*powers, longest)
+
+
 def pad_prompts(prompts: Sequence[Sequence[int]], buckets: Sequence[int], pad_id: int) -> Prompts:
     """Rows of one length S, padded on the left.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -157,7 +157,7 @@ def _settings_of(file: Path) -> Path:
     return file.with_suffix(".settings.json")
 
 
-def prompt_buckets(buckets: tuple[int, ...], longest: int) -> list[int]:
+def prompt_buckets(buckets: Sequence[int], longest: int) -> list[int]:
     """`buckets`, then doubled until the longest prompt fits: no problem is dropped."""
     found = list(buckets)
     while found[-1] < longest:

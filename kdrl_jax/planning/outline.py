@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kdrl_jax.data import prompt_lengths
 from kdrl_jax.models import Decoder
 from kdrl_jax.planning.shapes import device_bytes, floats, ints, number, results
 from kdrl_jax.rollout import RolloutEngine
@@ -93,7 +94,9 @@ class OutlineEngine(RolloutEngine):
         super().__init__(
             model,
             valid_vocab=ids,
-            prompt_buckets=config.data.prompt_buckets,
+            prompt_buckets=prompt_lengths(
+                config.data.prompt_buckets, config.data.max_prompt_tokens
+            ),
             max_new_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
             mesh=mesh,

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kdrl_jax.data import prompt_lengths
 from kdrl_jax.models import ModelConfig, quantize
 from kdrl_jax.planning.outline import NotingScorer, OutlineEngine, OutlineLearner
 from kdrl_jax.planning.shapes import (
@@ -223,6 +224,7 @@ def _rollouts(config: ConfigDict, mesh: Mesh) -> Rollouts:
     ro = config.rollout
     p, g, t = ro.prompts_per_step, ro.group_size, ro.max_new_tokens
     floats = jax.ShapeDtypeStruct((p, g, t), jnp.float32)
-    prompts = (ints(p, config.data.prompt_buckets[-1]), ints(p))
+    longest = prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens)[-1]
+    prompts = (ints(p, longest), ints(p))
     found = Rollouts(*prompts, ints(p, g, t), floats, ints(p, g), ints(p, g))
     return placed_batch(mesh, found)

@@ -20,6 +20,7 @@ from kdrl_jax.training.locate import fetch_model, used_keys, with_folders
 from kdrl_jax.training.memory import GIB, Plan, human
 from kdrl_jax.training.memory_check import LEARNING, SAMPLING, MemoryCheck
 from kdrl_jax.training.meshes import make_meshes
+from kdrl_jax.training.micro_batch import settle_micro_batch
 from kdrl_jax.training.problems import load_run_tokenizer
 from kdrl_jax.training.roles import check_shapes, read_model_config
 from kdrl_jax.training.validation import ROLES, Sizes, validate
@@ -40,7 +41,7 @@ class RunPlan:
       compiled: by program; empty where nothing was compiled, with `why`.
       limit: bytes of a device that may be used.
       problems: why it does not fit, with what would; empty: it fits.
-      notes: where estimate and compiler differ, and what the compiler does not tell.
+      notes: what was chosen, where estimate and compiler differ, what the compiler does not tell.
       speed: by phase.
     """
 
@@ -55,6 +56,8 @@ class RunPlan:
     problems: list[str]
     notes: list[str]
     speed: dict[str, Speed]
+    micro_batch: int
+    """Rows of a pass, over all devices."""
     learnt: float
     """Completion tokens of the longest step."""
 
@@ -82,6 +85,7 @@ class RunPlan:
             "mesh": self.mesh,
             "teacher_mesh": self.teacher_mesh,
             "rollout_mesh": self.rollout_mesh,
+            "micro_batch": self.micro_batch,
             "fits": self.fits,
             "problems": self.problems,
             "notes": self.notes,
@@ -128,6 +132,7 @@ def make_run_plan(
     ids = known_ids(config, sizes)
     shapes = check_shapes(config, sizes, ids, meshes, weights=False)
     limit = config.memory_gib * GIB or machine.limit
+    sizes, line = settle_micro_batch(config, sizes, shapes, meshes, limit=limit)
     job = (config, sizes, shapes, meshes)
     check = MemoryCheck(*job, limit=limit)
     compiled: dict[str, Compiled] = {}
@@ -147,7 +152,12 @@ def make_run_plan(
         why=why,
         limit=limit,
         problems=check.problems() + _too_large(check, compiled, limit),
-        notes=_differences(check.plan, compiled) + _without_text(compiled),
+        notes=[
+            *([line] if line else []),
+            *_differences(check.plan, compiled),
+            *_without_text(compiled),
+        ],
+        micro_batch=sizes.micro_batch,
         speed=Speeds(*job, machine, compiled).phases(),
         learnt=sizes.rollouts * config.rollout.max_new_tokens,
     )

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from kdrl_jax.data import prompt_lengths
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.planning.compiled import Compiled
 from kdrl_jax.planning.machines import Machine
@@ -80,7 +81,8 @@ class Speeds:
     ):
         self._config, self._sizes, self._machine, self._found = config, sizes, machine, found
         ro = config.rollout
-        self._budget, self._prompt = ro.max_new_tokens, config.data.prompt_buckets[-1]
+        self._budget = ro.max_new_tokens
+        self._prompt = prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens)[-1]
         student, rollout = shapes["student"], meshes.rollout
         trained = Placed.on(meshes.student, student, config.student.dtype, False)
         self._placed = {"student": trained}
@@ -142,7 +144,7 @@ class Speeds:
         )
 
     def _score(self, name: str, role: str) -> Speed:
-        model, passes = self._placed[role], self._sizes.rollouts // self._config.micro_batch
+        model, passes = self._placed[role], self._sizes.rollouts // self._sizes.micro_batch
         tokens, context = self._tokens
         found, attention = self._found.get(f"score {name}"), self._attention(model, context)
         gathered = passes * model.whole(model.width) * (1 - 1 / model.fsdp)
@@ -156,7 +158,7 @@ class Speeds:
 
     def _update(self) -> Speed:
         model, c = self._placed["student"], self._config
-        passes = c.epochs * self._sizes.rollouts // c.micro_batch
+        passes = c.epochs * self._sizes.rollouts // self._sizes.micro_batch
         tokens, context = self._tokens
         work = (model.shape, tokens, context, self._drawn)
         flops = c.epochs * update_flops(*work, adapters=self._sizes.lora is not None)

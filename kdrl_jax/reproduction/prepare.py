@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kdrl_jax.config import split_variant
+from kdrl_jax.data import prompt_lengths
 from kdrl_jax.models import Decoder
 from kdrl_jax.reproduction.grid import Cell, Grid
 from kdrl_jax.reproduction.runner import Job, read_json
@@ -73,7 +74,9 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
         engine = RolloutEngine(
             model,
             valid_vocab=tokenizer.size,
-            prompt_buckets=config.data.prompt_buckets,
+            prompt_buckets=prompt_lengths(
+                config.data.prompt_buckets, config.data.max_prompt_tokens
+            ),
             max_new_tokens=config.rollout.max_new_tokens,
             slots=config.rollout.slots,
             mesh=meshes.rollout,

@@ -89,7 +89,7 @@ class Learner:
         head = {"valid_vocab": valid_vocab, "chunk": config.logprob_chunk}
 
         def scorer(model: Decoder, where: Mesh) -> Scorer:
-            sizes_of = {"rows": config.micro_batch, "mini_batches": config.mini_batches}
+            sizes_of = {"rows": sizes.micro_batch, "mini_batches": config.mini_batches}
             return new_scorer(model, where, mesh, **sizes_of, **head)
 
         self._of_student = scorer(student, mesh)
@@ -178,7 +178,8 @@ class Learner:
         c = self._config
         if self._sizes.micro_batches == 1:
             return rollout_rows(placed)
-        packed = pack_rows(rollouts, mini_batches=c.mini_batches, micro_batch=c.micro_batch)
+        rows = self._sizes.micro_batch
+        packed = pack_rows(rollouts, mini_batches=c.mini_batches, micro_batch=rows)
         return put_batch(self._mesh, packed)
 
     def score(self, params: Params, rows: Rows, beta: float, heat: Float[Array, ""]) -> Scores:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
+from kdrl_jax.data import prompt_lengths
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.rollout.engine import chunk_size
 from kdrl_jax.rollout.schedule import choose_window, window_sizes
@@ -106,6 +107,7 @@ class Planner:
         on_cpu: bool,
     ):
         self.config, self.sizes = config, sizes
+        self._buckets = prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens)
         student = shapes["student"]
         last = (on_cpu, sizes.lora)
         self.student = Placed.on(meshes.student, student, config.student.dtype, *last)
@@ -159,7 +161,7 @@ class Planner:
         return parts
 
     def _row(self, levers: Levers) -> int:
-        return self.config.data.prompt_buckets[-1] + levers.max_new_tokens
+        return self._buckets[-1] + levers.max_new_tokens
 
     def _scored(self, levers: Levers) -> int:
         """Columns of a row that have log-probs: in packed rows all but one."""
@@ -167,7 +169,7 @@ class Planner:
 
     def _sampling(self, model: Placed, problems: int, group: int, levers: Levers) -> Parts:
         """See `RolloutEngine`: a copy of the weights, the slots' caches, and what fills them."""
-        buckets, c = self.config.data.prompt_buckets, model.shape
+        buckets, c = self._buckets, model.shape
         by_teacher = model is self._by_teacher
         steps, total = chunk_size(levers.max_new_tokens), problems * group
         slots = min(levers.slots, total)

@@ -90,7 +90,7 @@ class MemoryCheck:
     ):
         on_cpu = limit is None and jax.devices()[0].platform == "cpu"
         self._planner = Planner(config, sizes, shapes, meshes, on_cpu)
-        self._now = Levers.of(config)
+        self._now = dataclasses.replace(Levers.of(config), micro_batch=sizes.micro_batch)
         self._slots_ways = batch_parts(meshes.rollout)
         self._rows_ways = max(batch_parts(meshes.student), batch_parts(meshes.teacher))
         self._rows = sizes.rollouts // config.mini_batches

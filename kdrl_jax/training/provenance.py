@@ -25,13 +25,18 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy", "tran
 
 
 def add_provenance(
-    workdir: Path, config: ConfigDict, models: Mapping[str, Path], data: Mapping[str, Any]
+    workdir: Path,
+    config: ConfigDict,
+    models: Mapping[str, Path],
+    data: Mapping[str, Any],
+    devices: Mapping[str, Any],
 ) -> None:
     """Add this start to `workdir/provenance.json`, unless it is as the one before.
 
     Args:
       models: the folders of the models that are read, by config key.
       data: the run's data report; of the hub's data sets the commits are taken.
+      devices: what they are, and what was chosen for them.
     """
     file = workdir / PROVENANCE
     try:
@@ -42,6 +47,7 @@ def add_provenance(
     start = {
         "kdrl_jax": {"version": kdrl_jax.__version__, "commit": code_commit()},
         "python": platform.python_version(),
+        **devices,
         "packages": {name: metadata.version(name) for name in PACKAGES},
         "config": digest(config.to_dict()),
         "models": {

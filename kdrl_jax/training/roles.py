@@ -146,8 +146,13 @@ def check_shapes(
     for key, (name, mesh) in of.items():
         problems += mesh_problems(key, mesh, name, shapes[name])
         ways = batch_parts(mesh)
+        rows = sizes.rollouts // config.mini_batches
+        if key != "rollout_mesh" and not config.micro_batch and rows % ways:
+            problems.append(
+                f"{key}.data x {key}.fsdp: {ways} does not divide the {rows} rollouts of an "
+                f"update, so micro_batch=0 finds none; {nearest_divisor(ways, rows)} does"
+            )
         if key != "rollout_mesh" and config.micro_batch % ways:
-            rows = sizes.rollouts // config.mini_batches
             fits = [n for n in range(ways, rows + 1, ways) if rows % n == 0]
             near = min(fits, key=lambda n: abs(n - config.micro_batch), default=None)
             hint = (

@@ -49,12 +49,14 @@ def open_workdir(
     shape: ModelConfig,
     tokenizer: Tokenizer,
     data_report: Mapping[str, Any],
+    devices: Mapping[str, Any],
 ) -> CheckpointStore:
     """Take hold of a run's folder, and write down in it what is run.
 
     Args:
       config: with the models' names as the user gave them.
       models: their folders, by key.
+      devices: facts on them, for `add_provenance`.
 
     Raises:
       UserError: another run holds it, or processes do not share it.
@@ -70,7 +72,7 @@ def open_workdir(
         write_atomic(workdir / "config.json", to_json(config))
         write_atomic(workdir / "data.json", json.dumps(data_report, indent=2) + "\n")
         write_model_files(workdir, shape, tokenizer, models.get("student.path"))
-        add_provenance(workdir, config, models, data_report)
+        add_provenance(workdir, config, models, data_report, devices)
         if processes.count() > 1:
             write_atomic(nonce, uuid.uuid4().hex)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from kdrl_jax.data import Tokenizer
+from kdrl_jax.data import Tokenizer, prompt_lengths
 from kdrl_jax.models import Decoder
 from kdrl_jax.rollout import DRAWING, ServerEngine, sampling_params
 from kdrl_jax.rollout.server import KINDS
@@ -62,7 +62,7 @@ def connect(
         tokenizer_folder=workdir / "model",
         stop_ids=tokenizer.stop_ids,
         valid_vocab=tokenizer.size,
-        prompt_buckets=config.data.prompt_buckets,
+        prompt_buckets=prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens),
         max_new_tokens=ro.max_new_tokens,
     )
     some = problems[:PROBES]

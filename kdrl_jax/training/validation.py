@@ -35,6 +35,7 @@ from kdrl_jax.training.health import THRESHOLDS, WATCHES
 from kdrl_jax.training.locate import MODEL_KEYS, find_model
 from kdrl_jax.training.own_code import own_code_problems
 from kdrl_jax.training.safety import safety_problems, server_problems, without_secrets
+from kdrl_jax.training.size_problems import size_problems
 from kdrl_jax.training.wandb_run import wandb_problems
 from kdrl_jax.types import UserError
 
@@ -64,7 +65,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
 SHAPE = ("hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size")
 _AT_LEAST_ONE = (
     *("steps", "rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"),
-    *("micro_batch", "logprob_chunk", "reward.workers", "eval.problems", "eval.samples"),
+    *("logprob_chunk", "reward.workers", "eval.problems", "eval.samples"),
     *("eval.batch", "checkpoint.every", "checkpoint.keep", "data.max_prompt_tokens", "data.size"),
     *("mini_batches", "epochs", "kd_topk.k", "rollout.server.concurrency", "health.window"),
     *(f"{role}.sft.{key}" for role in ROLES for key in ("batch_size", "problems")),
@@ -73,7 +74,7 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     *("seed", "rollout.top_k", "rollout.min_p", "clip_eps_low", "clip_eps_high", "eval.every"),
     *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
-    *("samples.count", "eval.temperature", "data.seed"),
+    *("samples.count", "eval.temperature", "data.seed", "micro_batch"),
     *("reference_coef", "tis_cap", "memory_gib"),
     *("rollout.refill", "rollout.slots", "rollout.carry", "student.lora.rank"),
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
@@ -106,8 +107,10 @@ class Sizes:
     method: Method
     rollouts: int
     """B = prompts_per_step · group_size, the rows of a step."""
+    micro_batch: int
+    """Rows of a pass, over all devices; 0: open, see `training.micro_batch`."""
     micro_batches: int
-    """Forward and backward passes of one update."""
+    """Forward and backward passes of one update; 0: open."""
     updates: int
     """Optimizer updates of one step: mini_batches · epochs."""
     logprob_temperature: float
@@ -142,10 +145,12 @@ def validate(
         raise UserError(*without_secrets(problems, flat))
     temperature = flat["logprob_temperature"]
     rollouts = flat["rollout.prompts_per_step"] * flat["rollout.group_size"]
+    rows = flat["micro_batch"]
     return Sizes(
         method=METHODS[flat["objective"]],
         rollouts=rollouts,
-        micro_batches=rollouts // flat["mini_batches"] // flat["micro_batch"],
+        micro_batch=rows,
+        micro_batches=rollouts // flat["mini_batches"] // rows if rows else 0,
         updates=flat["mini_batches"] * flat["epochs"],
         logprob_temperature=(
             flat["rollout.temperature"] if temperature == "rollout" else float(temperature)
@@ -195,15 +200,6 @@ def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
             good = False
         if not good:
             yield f"logprob_temperature: {temperature!r} must be 'rollout' or a positive number"
-    buckets = flat["data.prompt_buckets"]
-    whole = buckets and all(type(b) is int for b in buckets)
-    if not whole or list(buckets) != sorted(set(buckets)) or buckets[0] < 1:
-        yield f"data.prompt_buckets: {buckets!r} must be increasing positive lengths"
-    elif buckets[-1] < flat["data.max_prompt_tokens"]:
-        yield (
-            f"data.prompt_buckets: the largest, {buckets[-1]}, is below data.max_prompt_tokens="
-            f"{flat['data.max_prompt_tokens']}; add that length"
-        )
 
 
 def _problems_of(check: Callable[..., Any], *args: Any, **kwargs: Any) -> list[str]:
@@ -226,7 +222,7 @@ def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
             yield from server_problems(flat, METHODS[flat["objective"]])
     yield from wandb_problems(flat)
     yield from safety_problems(flat)
-    yield from _size_problems(flat)
+    yield from size_problems(flat)
     yield from lora_problems(flat, sources)
     if sources:
         yield from _source_problems(flat)
@@ -326,27 +322,6 @@ def _task_problems(flat: dict[str, Any]) -> Iterator[str]:
         yield "student.path: empty, which needs data.task; give a folder or a model of the hub"
     elif not flat["student.path"] and not wrong and get_task(name).alphabet is None:
         yield f"student.path: empty, and task {name!r} has no tokenizer; give a model folder"
-
-
-def _size_problems(flat: dict[str, Any]) -> Iterator[str]:
-    prompts, group = flat["rollout.prompts_per_step"], flat["rollout.group_size"]
-    parts = flat["mini_batches"]
-    if parts > 0 and prompts % parts:
-        yield (
-            f"mini_batches: {parts} does not divide rollout.prompts_per_step={prompts}; "
-            "an update takes whole groups"
-        )
-    elif parts > 0 and flat["micro_batch"] > 0 and prompts // parts * group % flat["micro_batch"]:
-        yield (
-            f"micro_batch: {flat['micro_batch']} does not divide the "
-            f"{prompts // parts} x {group} rollouts of an update"
-        )
-    if flat["reward.overlong_buffer"] > flat["rollout.max_new_tokens"]:
-        yield (
-            f"reward.overlong_buffer: {flat['reward.overlong_buffer']} exceeds "
-            f"rollout.max_new_tokens={flat['rollout.max_new_tokens']}; it is the part of the "
-            "budget that is punished"
-        )
 
 
 def refused(config: ConfigDict, keys: tuple[str, ...]) -> list[str]:
