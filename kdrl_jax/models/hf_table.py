@@ -20,7 +20,7 @@ from kdrl_jax.models.config import ModelConfig
 from kdrl_jax.sharding import path_name
 from kdrl_jax.types import Params
 
-DTYPES = {
+DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype("float64"),
     "F32": np.dtype("float32"),
     "BF16": np.dtype(jnp.bfloat16),

@@ -259,7 +259,7 @@ class _Found:
             return
         arrays = (self._tokens, self._log_probs, self._lengths, self._finish)
         own = np.arange(processes.index(), len(self._lengths), processes.count())
-        longest = int(processes.gather(self._lengths[own].max(initial=0)).max())
+        longest = int(processes.gather(np.asarray(self._lengths[own].max(initial=0))).max())
         most = -(-len(self._lengths) // processes.count())
         for array in arrays:
             part = array[own, :longest] if array.ndim == 2 else array[own]
