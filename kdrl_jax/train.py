@@ -38,10 +38,8 @@ from kdrl_jax.training.health import Health
 from kdrl_jax.training.host_memory import share_arenas
 from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.locate import (
-    fetch_models,
+    fetch_run_models,
     model_name,
-    recorded_models,
-    used_keys,
     with_folders,
 )
 from kdrl_jax.training.memory_check import MemoryCheck
@@ -94,13 +92,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     set_offline(config.offline)
     display = Display(quiet=not processes.is_first())
     display.say(f"run: {workdir}")
-    with processes.together():
-        models = fetch_models(
-            used_keys(config),
-            display,
-            offline=config.offline,
-            recorded=recorded_models(workdir),
-        )
+    models = fetch_run_models(config, workdir, display)
     processes.agree("models", {key: model_name(folder) for key, folder in models.items()})
     named, config = config, with_folders(config, models)
 

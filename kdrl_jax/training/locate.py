@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from kdrl_jax import processes
 from kdrl_jax.models.hub import Hub, hub_model_of, parse_hub_name
 from kdrl_jax.models.hub_files import HubName
 from kdrl_jax.objectives import METHODS
@@ -121,6 +122,34 @@ def fetch_models(
                     display.say(f"{key}: {model}")
     if problems:
         raise UserError(*problems)
+    return folders
+
+
+def fetch_run_models(config: ConfigDict, workdir: Path, display: Display) -> dict[str, Path]:
+    """Returns the folders of all models that a run reads, by key; every process must call this.
+
+    The first process downloads, then one of each other host whose cache is its own: hosts that
+    share a cache fill it once.
+
+    Raises:
+      UserError: in every process, a line for each model that cannot be had.
+    """
+    texts, recorded = used_keys(config), recorded_models(workdir)
+    folders: dict[str, Path] = {}
+
+    def fetch() -> None:
+        folders.update(fetch_models(texts, display, offline=config.offline, recorded=recorded))
+
+    if processes.count() > 1:
+        if any(parse_hub_name(text.split(OR)[-1]) for text in texts.values()):
+            display.say(
+                "models of the hub: each host has a copy of all files in its HF_HOME; hosts that "
+                "share it have one"
+            )
+        processes.first_does(fetch)
+    with processes.together():
+        if not folders:
+            fetch()
     return folders
 
 
