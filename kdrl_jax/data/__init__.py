@@ -21,6 +21,7 @@ from kdrl_jax.data.prompts import (
     encode_prompts,
     find_style,
     pad_prompts,
+    shown_prompt,
 )
 from kdrl_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from kdrl_jax.data.tokenizer import (
@@ -57,5 +58,6 @@ __all__ = [
     "pad_prompts",
     "parse_filters",
     "read_problems",
+    "shown_prompt",
     "token_pieces",
 ]
