@@ -246,7 +246,8 @@ def get_config() -> ConfigDict:
     c.checkpoint.every = 20  # steps; the last step is always saved
     c.checkpoint.keep = 3
     c.samples = ConfigDict()
-    c.samples.every = 10  # steps between files of sample rollouts; 0: none
+    # Steps between files of sample rollouts, which the first and the last step write, too; 0: none.
+    c.samples.every = 10
     c.samples.count = 16  # rollouts per file
     # The scalars of metrics.jsonl in Weights & Biases as well (extra `wandb`). Its own variables,
     # such as WANDB_API_KEY, WANDB_MODE and WANDB_BASE_URL, say the rest; offline=True keeps the

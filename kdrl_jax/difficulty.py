@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import digest, read_config
-from kdrl_jax.data import encode_prompts, prompt_lengths, read_problems
+from kdrl_jax.data import encode_prompts, prompt_lengths, read_problems, shown_prompt
 from kdrl_jax.data.schemas import PASS_RATE
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import check_settings, write_settings
@@ -84,6 +84,7 @@ def measure(
     display.say(f"prompts: {prompts}")
     if not asked:
         raise UserError(f"{data}: no prompt is short enough ({prompts}); raise the limit")
+    display.say(shown_prompt(*asked[0], tokenizer))
     window, length = policy.shape().max_positions, config.rollout.max_new_tokens
     if longest + length > window:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Evaluate a policy on mathematical benchmarks.
+"""Evaluate a policy on mathematical benchmarks, or on data of one's own.
 
     python -m kdrl_jax.evaluate --config=configs/stage2.py --checkpoint=runs/stage2 \\
         --benchmarks=math500,aime24 --data_dir=FOLDER --output=runs/stage2/evaluation
@@ -13,6 +13,13 @@ Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugg
 revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
 folder gets BENCHMARK.jsonl with every response, results.json, and results.md with a table beside
 the paper's. Running the same command again continues where it was interrupted.
+
+    python -m kdrl_jax.evaluate --checkpoint=runs/mine --output=runs/mine/evaluation \\
+        --data=my_test.jsonl --config.data.fields.problem=question --samples=4
+
+asks data of one's own instead, or with --benchmarks too: whatever data.path of a run may be, read
+by data.fields and data.on_bad and graded as mathematics; eval.samples responses to each problem,
+unless --samples says otherwise. --data may be given several times; the files name their rows.
 
     python -m kdrl_jax.evaluate --self_check [--benchmarks=…] [--data_dir=FOLDER]
 
@@ -34,13 +41,15 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.cli import Parser, run_entry, split_overrides
 from kdrl_jax.config import apply_overrides, read_config, saved_config
-from kdrl_jax.data import prompt_lengths
+from kdrl_jax.data import prompt_lengths, shown_prompt
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
     PAPER_COLUMNS,
     Loaded,
     find_benchmarks,
     load_benchmark,
+    load_data,
+    name_data,
     refused_golds,
 )
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
@@ -59,6 +68,7 @@ from kdrl_jax.rewards import FORMS, Grader
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
+from kdrl_jax.training.locate import find_model
 from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import lock_folder, unlock_folder
 from kdrl_jax.training.problems import GRADING, make_grader
@@ -73,6 +83,7 @@ READS = (
     *("mesh.", "rollout_mesh."),
     *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
     *("eval.samples", *(f"reward.{key}" for key in GRADING)),
+    *("data.fields", "data.on_bad"),  # of --data
 )
 
 
@@ -100,6 +111,8 @@ def evaluate(
       UserError: before the weights are loaded, with one line per problem.
     """
     display, wrong = Display(), Refusals()
+    for note in filter(None, (loaded.note for loaded in benchmarks)):
+        display.say(note)
     tokenizer, window, weights = policy.tokenizer(), policy.shape().max_positions, policy.digest()
     mesh = wrong.attempt(rollout_mesh, config)
     others = [wrong.attempt(_read_results, folder) for folder in compare]
@@ -114,6 +127,8 @@ def evaluate(
                 wrong.attempt(check_settings, plan.file(output), plan.settings)
         wrong.raise_any()
         assert mesh
+        first = plans[0].questions[0]
+        display.say(shown_prompt(first.problem, first.prompt, tokenizer))
 
         lock_folder(output)
         enable_compilation_cache(Path(config.cache_dir))
@@ -167,7 +182,7 @@ def self_check(benchmarks: Sequence[Loaded], form: str = "boxed") -> bool:
     """
     display, good = Display(), True
     with Grader(workers=2, timeout_s=10.0, require_format=False, form=form) as grader:
-        for benchmark, problems, bad, listed in benchmarks:
+        for benchmark, problems, bad, listed, _ in benchmarks:
             lost = refused_golds(problems, grader)
             total, wrong = len(problems) + bad, len(lost) + bad
             display.say(f"{benchmark.name}: {total - wrong} of {total} gold answers are correct")
@@ -217,7 +232,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--benchmarks",
         metavar="NAME[@REVISION],…",
-        help=f"of {', '.join(BENCHMARKS)}; default: the paper's six, all for --self_check",
+        help=f"of {', '.join(BENCHMARKS)}; default: without --data the paper's six, all for "
+        "--self_check",
+    )
+    parser.add_argument(
+        "--data",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="of one's own, as data.path; may be given several times",
     )
     parser.add_argument("--data_dir", type=Path, metavar="FOLDER", help="default: the hub")
     parser.add_argument("--samples", type=int, metavar="K", help="per problem (16 or 1)")
@@ -229,7 +252,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--self_check", action="store_true")
     args = parser.read(rest)
     if args.benchmarks is None:
-        args.benchmarks = ",".join(BENCHMARKS if args.self_check else PAPER_COLUMNS)
+        usual = BENCHMARKS if args.self_check else PAPER_COLUMNS
+        args.benchmarks = "" if args.data else ",".join(usual)
 
     wrong = Refusals()
     for name in ("samples", "limit"):
@@ -238,6 +262,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.data_dir and not args.data_dir.is_dir():
         wrong.append(f"--data_dir: no folder {args.data_dir}; leave it out to read from the hub")
     chosen = wrong.attempt(find_benchmarks, [n for n in args.benchmarks.split(",") if n]) or []
+    own = wrong.attempt(name_data, args.data) or {}
+    if not chosen and not own and not wrong:
+        wrong.append("--benchmarks: names none, and there is no --data; see --help")
     if args.data_dir and "@" in args.benchmarks:
         wrong.append(f"--benchmarks: {args.benchmarks} has a revision, but --data_dir is local")
     policy = config = None
@@ -247,12 +274,14 @@ def main(argv: list[str] | None = None) -> None:
                 wrong.append(f"--{name}: missing; see --help")
         if args.config:
             config = wrong.attempt(_read_config, args.config, None, overrides)
-        if args.checkpoint:
+        if args.checkpoint and wrong:  # nothing is downloaded for a command that cannot run
+            wrong.attempt(find_model, "--checkpoint", args.checkpoint)
+        elif args.checkpoint:
             where = {"offline": config is not None and config.offline, "display": Display()}
             policy = wrong.attempt(find_policy, args.checkpoint, **where)
         if not args.config:
             config = wrong.attempt(_read_config, None, policy, overrides)
-    elif overrides or args.config:
+    elif overrides or args.config or own:
         config = wrong.attempt(_read_config, args.config or "base", None, overrides)
         if config and config.reward.answer not in FORMS:
             wrong.append("--self_check: reward.answer='task' has no response to a gold answer")
@@ -262,6 +291,12 @@ def main(argv: list[str] | None = None) -> None:
         chosen = []
     set_offline(config is not None and config.offline)
     loaded = [found for b in chosen if (found := wrong.attempt(load_benchmark, b, args.data_dir))]
+    if config:
+        reading = {"on_bad": config.data.on_bad, "samples": config.eval.samples}
+        read = [
+            wrong.attempt(load_data, *one, config.data.fields, **reading) for one in own.items()
+        ]
+        loaded += [found for found in read if found]
     wrong.raise_any()
     if args.self_check:
         sys.exit(0 if self_check(loaded, config.reward.answer if config else "boxed") else 1)

@@ -134,7 +134,7 @@ def _policies(args: argparse.Namespace, wrong: Refusals) -> list[PolicyFolder]:
     found = []
     for option, folder in (("--model", args.model), ("--beside", args.beside)):
         if folder is not None and (
-            policy := wrong.attempt(find_policy, folder, option, display=Display())
+            policy := wrong.attempt(find_policy, folder, option, display=Display(beside=True))
         ):
             found.append(policy)
     return found

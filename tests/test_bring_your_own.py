@@ -113,10 +113,17 @@ def test_data_of_ones_own(here, capsys):
     assert "eval/accuracy" in last(here / "runs" / "data")
 
 
-def test_a_prompt_style_of_ones_own(here):
+def test_a_prompt_style_of_ones_own(here, capsys):
     run("Prompt style", here)
+    said = capsys.readouterr().out
+    shown = re.search(r"the first prompt .* as the model gets it:\n((?:  \| .*\n)+)", said)[1]
+    assert "  | <|im_start|>system\n  | You are a patient tutor.<|im_end|>\n" in shown
     (file,) = (here / "runs" / "prompt" / "samples").iterdir()
-    assert len(file.read_text().splitlines()) == 8
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 8
+    for row in rows:
+        assert row["prompt"].startswith("<|im_start|>system\nYou are a patient tutor.<|im_end|>\n")
+        assert f"user\n{row['problem']}\nThink, then answer" in row["prompt"]
 
 
 def test_rewards_of_ones_own(here):

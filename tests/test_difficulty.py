@@ -73,6 +73,14 @@ def command(tiny, output, *more):
     ]
 
 
+def test_the_first_prompt_is_shown_before_anything_is_loaded(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(entry, "load_policy", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(pytest.fail.Exception, match="loaded"):
+        entry.main(command(tiny, tmp_path / "rated.jsonl"))
+    said = capsys.readouterr().out
+    assert "the first prompt (q/0), 2 tokens, as the model gets it:\n  | ??\n" in said
+
+
 @pytest.fixture(scope="module")
 def measured(tiny, tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "rated.jsonl"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from kdrl_jax.data import SentencePieceTokenizer
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
     load_benchmark,
+    name_data,
 )
 from kdrl_jax.evaluation.model import find_policy, load_policy
 from kdrl_jax.evaluation.planning import Question, prompt_buckets
@@ -286,10 +288,14 @@ def test_running_again_continues_and_other_settings_are_refused(tiny, evaluated,
 
 
 @pytest.mark.parametrize(("form", "kept_out"), [("last_number", 2), ("text", 1)])
-def test_answers_of_other_forms_are_graded_kept_and_compared(tiny, tmp_path, form, kept_out):
+def test_answers_of_other_forms_are_graded_kept_and_compared(
+    tiny, tmp_path, form, kept_out, capsys
+):
     """Gold answers too: one that is no number is nobody's last number, but it is a text."""
     argv = [*command(tiny, tmp_path, **{"reward.answer": form}), "--benchmarks=gsm8k"]
     entry.main([*argv, "--samples=32"])
+    said = capsys.readouterr().out
+    assert "the first prompt (gsm8k_test/0), 1 tokens, as the model gets it:\n  | ?\n" in said
     rows = [json.loads(line) for line in (tmp_path / "gsm8k.jsonl").open(encoding="utf-8")]
     for row in rows:
         found = final_answer(row["response"], require_format=False, form=form)
@@ -302,6 +308,108 @@ def test_answers_of_other_forms_are_graded_kept_and_compared(tiny, tmp_path, for
     assert results["settings"]["answer"] == form
     with pytest.raises(UserError, match=f"was made with answer='{form}', now 'boxed'"):
         entry.main([*command(tiny, tmp_path), "--benchmarks=gsm8k", "--samples=32"])
+
+
+@pytest.fixture(scope="module")
+def own_data(tmp_path_factory) -> Path:
+    """Rows with other column names, called like a benchmark in one of two files."""
+    folder = tmp_path_factory.mktemp("own_data")
+    rows = [{"question": "?" * (i + 1), "gold": {"value": i}} for i in range(4)]
+    for name, count in (("mine", 4), ("aime24", 2)):
+        text = "\n".join(map(json.dumps, rows[:count]))
+        (folder / f"{name}.jsonl").write_text(text, encoding="utf-8")
+    (folder / "torn.jsonl").write_text('{"question": "?", "gold": {"value": 1}}\n{"question": ""}')
+    return folder
+
+
+def on_own_data(tiny: Path, output: Path, *more: str, **changes) -> list[str]:
+    argv = [a for a in command(tiny, output, **changes) if "--benchmarks" not in a]
+    fields = ("--config.data.fields.problem=question", "--config.data.fields.answer=gold.value")
+    return [*argv, *fields, *more]
+
+
+def test_data_of_ones_own(tiny, own_data, tmp_path):
+    """Rows of their own in the table, and none of the paper's, even where a name is the same."""
+    paths = [f"--data={own_data / name}" for name in ("mine.jsonl", "aime24.jsonl")]
+    entry.main(on_own_data(tiny, tmp_path, *paths, "--samples=3"))
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert list(results["benchmarks"]) == ["mine", "own_aime24"]
+    rows = [json.loads(line) for line in (tmp_path / "mine.jsonl").open(encoding="utf-8")]
+    assert sorted((r["id"], r["problem"], r["answer"], r["sample"]) for r in rows) == [
+        (f"mine/{i + 1}", "?" * (i + 1), str(i), g) for i in range(4) for g in range(3)
+    ]
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert "paper" not in table
+    assert re.search(r"^\| +\| +mine \| +own_aime24 \|$", table, re.MULTILINE)
+    assert re.search(r"^\| own_aime24 \| +2 \| +3 \|", table, re.MULTILINE)
+
+
+def test_data_of_ones_own_beside_a_benchmark(tiny, own_data, tmp_path):
+    """A benchmark keeps its own columns and number of samples, whatever the fields are."""
+    more = [f"--data={own_data / 'mine.jsonl'}", "--benchmarks=aime24", "--limit=2"]
+    entry.main(on_own_data(tiny, tmp_path, *more, **{"eval.samples": 2}))
+    results = json.loads((tmp_path / "results.json").read_text())["benchmarks"]
+    assert {name: (f["problems"], f["samples"]) for name, f in results.items()} == {
+        "aime24": (2, 16),
+        "mine": (2, 2),
+    }
+    table = (tmp_path / "results.md").read_text(encoding="utf-8")
+    assert re.search(r"^\| paper: KDRL-Annealing +\| +42\.9 \| +– \|$", table, re.MULTILINE)
+
+
+def test_a_runs_own_fields_serve(tiny, own_data, tmp_path):
+    shutil.copytree(tiny / "run", tmp_path / "run")
+    fields = {"data.fields.problem": "question", "data.fields.answer": "gold.value"}
+    config = load_config(ROOT / "configs" / "base.py", overrides(**fields))
+    (tmp_path / "run" / "config.json").write_text(to_json(config), encoding="utf-8")
+    argv = [f"--checkpoint={tmp_path / 'run'}", f"--output={tmp_path / 'out'}"]
+    entry.main([*argv, f"--data={own_data / 'mine.jsonl'}", f"--config.cache_dir={tmp_path}"])
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["benchmarks"]["mine"]["problems"] == 4
+
+
+def test_data_of_ones_own_that_cannot_be(tiny, own_data, tmp_path, monkeypatch):
+    monkeypatch.setattr(entry, "load_policy", lambda *_: pytest.fail("loaded"))
+    shutil.copytree(own_data, tmp_path / "other")
+    for paths, message in (
+        (["nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        ([own_data / "torn.jsonl"], r"torn\.jsonl:2: 'question' is empty"),
+        ([own_data / "mine.jsonl", tmp_path / "other" / "mine.jsonl"], "both be called 'mine'"),
+    ):
+        data = [f"--data={path}" for path in paths]
+        with pytest.raises(UserError, match=message):
+            entry.main(on_own_data(tiny, tmp_path / "out", *data))
+    with pytest.raises(UserError, match=r"mine\.jsonl:1: has no problem: no 'problem' among"):
+        entry.main([*command(tiny, tmp_path / "out"), f"--data={own_data / 'mine.jsonl'}"])
+    with pytest.raises(UserError, match="--benchmarks: names none, and there is no --data"):
+        entry.main(on_own_data(tiny, tmp_path / "out", "--benchmarks="))
+    assert not (tmp_path / "out").exists()
+
+
+def test_self_check_of_ones_own_data(own_data, capsys):
+    argv = ["--self_check", f"--data={own_data / 'torn.jsonl'}", "--config.data.on_bad=drop"]
+    argv += ["--config.data.fields.problem=question", "--config.data.fields.answer=gold.value"]
+    with pytest.raises(SystemExit) as status:
+        entry.main(argv)
+    assert status.value.code == 1
+    said = capsys.readouterr().out
+    assert "torn: 1 of 2 gold answers are correct" in said
+    assert "torn.jsonl:2: 'question' is empty" in said
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("data/my test.jsonl", "my_test"),
+        ("hf://openai/gsm8k?split=test&config=main", "own_gsm8k"),
+        ("hf://me/things?file=data/*.parquet", "things"),
+        ("folder/", "folder"),
+        ("data/math-*.parquet", "math-"),
+        ("*.jsonl", "data"),
+    ],
+)
+def test_names_of_data(path, name):
+    assert name_data([path]) == {name: path}
 
 
 def test_policies_are_found_in_every_form_of_folder(tiny):

@@ -33,6 +33,9 @@ class Pieces:
     def decode(self, ids) -> str:
         return "".join(f"<{i}>" for i in ids)
 
+    def spell(self, ids) -> str:
+        return "prompt " + self.decode(ids)
+
 
 def rollouts() -> Rollouts:
     rng = np.random.default_rng(0)
@@ -91,7 +94,7 @@ def test_a_file_says_what_the_loss_is_told(packed, mini, shape, tmp_path):
     mesh = make_mesh(*shape, devices=jax.devices()[:size])
     traces = traces_of(sampled, teacher, packed=packed, mini=mini, mesh=mesh)
     assert all(x.is_fully_replicated for x in jax.tree.leaves(traces))
-    asked = [(Problem(f"p{p}", f"problem {p}", str(p)), [1]) for p in range(P_)]
+    asked = [(Problem(f"p{p}", f"problem {p}", str(p)), [1, p]) for p in range(P_)]
     verdicts = [Verdict(float(r), "correct" if r else "wrong") for r in REWARDS.reshape(-1)]
     found = Collected(
         asked, sampled, lambda: verdicts, DecodeStats(), RewardFunctions(), lambda _: {}
@@ -104,6 +107,7 @@ def test_a_file_says_what_the_loss_is_told(packed, mini, shape, tmp_path):
         p, g = divmod(i, G)
         n, cut = sampled.lengths[p, g], sampled.finish_reason[p, g] == FINISH_LENGTH
         assert (row["id"], row["sample"], row["length"]) == (f"p{p}", g, n)
+        assert (row["problem"], row["prompt"]) == (f"problem {p}", f"prompt <1><{p}>")
         assert row["finish_reason"] == ("length" if cut else "eos")
         assert "".join(row["tokens"]) == row["completion"]
         spelled = [f"<{t}>" for t in sampled.tokens[p, g, :n]]

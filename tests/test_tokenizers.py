@@ -14,8 +14,10 @@ from kdrl_jax.data import (
     HFTokenizer,
     SentencePieceTokenizer,
     check_tokenizer_pair,
+    encode_prompt,
     encode_prompts,
     load_tokenizer,
+    shown_prompt,
 )
 from kdrl_jax.types import Problem, UserError
 
@@ -79,6 +81,30 @@ def test_hf_ids(hf):
     assert tokenizer.stop_ids == (0, 2)
     assert tokenizer.start_ids == ()
     assert tokenizer.decode([0, *tokenizer.encode("5"), 2, 1]) == "5"
+
+
+def test_a_prompt_is_shown_with_its_special_tokens(hf):
+    """As transformers writes it, template and all; the line for a person keeps every line end."""
+    from transformers import AutoTokenizer
+
+    tokenizer = load_tokenizer(hf[0])
+    ids = encode_prompt(PROBLEM, tokenizer, "kdrl")
+    text = AutoTokenizer.from_pretrained(hf[0]).apply_chat_template(
+        [{"role": "user", "content": KDRL}], add_generation_prompt=True, tokenize=False
+    )
+    assert tokenizer.spell(ids) == text
+    assert "<|im_start|>user\n" in text
+    head, *lines = shown_prompt(PROBLEM, ids, tokenizer).split("\n")
+    assert head == f"the first prompt ({PROBLEM.id}), {len(ids)} tokens, as the model gets it:"
+    assert all(line.startswith("  | ") for line in lines)
+    assert "\n".join(line[4:] for line in lines) == text
+
+
+def test_a_sentencepiece_text_is_shown_with_its_end():
+    tokenizer = SentencePieceTokenizer.train(ALPHABET)
+    ids = [tokenizer.pad_id, *tokenizer.encode("<think>1+2=3"), tokenizer.eos_id]
+    assert tokenizer.spell(ids) == "<pad><think>1+2=3</s>"
+    assert tokenizer.spell([]) == ""
 
 
 def test_stop_ids_of_generation_config_come_in_too(tmp_path):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +26,11 @@ from orbax.checkpoint._src.path import atomicity
 
 from kdrl_jax import convert, report, train
 from kdrl_jax.cli import run_entry
+from kdrl_jax.config import load_config as load_run_config
 from kdrl_jax.data import load_tokenizer
 from kdrl_jax.models import load_config, load_hf
 from kdrl_jax.sharding import make_mesh, param_shardings
+from kdrl_jax.tasks.registry import task_problems
 from kdrl_jax.training.learner import Learner
 from kdrl_jax.training.metrics import CLOCKED, MetricsWriter, read_metrics, sparkline
 from kdrl_jax.training.run_weights import abstract_params, restore_params
@@ -127,9 +130,10 @@ def test_what_a_run_leaves(whole, cache):
         assert all(np.isfinite(v) for v in row.values()), row
         assert abs(row["mismatch/kl"]) < 1e-4  # the sampler and the trainer are one policy
     assert [r["step"] for r in metrics if "eval/accuracy" in r] == [0, 3, 6]
-    assert sorted(samples(whole)) == [f"step_{i:06d}.jsonl" for i in (2, 4, 6)]
+    assert sorted(samples(whole)) == [f"step_{i:06d}.jsonl" for i in (1, 2, 4, 6)]
     sample = json.loads(samples(whole)["step_000002.jsonl"].splitlines()[0])
     assert {"problem", "answer", "completion", "reward", "outcome", "length"} <= sample.keys()
+    assert sample["prompt"] == sample["problem"]  # of the style "plain"
     for line in samples(whole)["step_000006.jsonl"].splitlines():
         sample = json.loads(line)
         assert "".join(sample["tokens"]) == sample["completion"]
@@ -199,6 +203,40 @@ def test_killed_and_continued_equals_uninterrupted(whole, cache, tmp_path):
     again = run(workdir, cache)
     assert again == rows(whole)
     assert {k: v for k, v in samples(workdir).items() if k in samples(whole)} == samples(whole)
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "count", "due"),
+    [
+        (6, 2, 5, [1, 2, 4, 6]),
+        (5, 2, 5, [1, 2, 4, 5]),
+        (3, 10, 16, [1, 3]),
+        (1, 10, 16, [1]),
+        (3, 0, 16, []),
+        (3, 1, 0, []),
+    ],
+)
+def test_the_first_and_the_last_step_write_samples(steps, every, count, due):
+    overrides = [f"steps={steps}", f"samples.every={every}", f"samples.count={count}"]
+    book = SimpleNamespace(config=load_run_config(ROOT / "configs" / "base.py", overrides))
+    wanted = {step: train.Run.samples_due(book, step) for step in range(1, steps + 1)}
+    assert {step: n for step, n in wanted.items() if n} == dict.fromkeys(due, count)
+
+
+def test_a_run_shows_its_first_prompt_and_warns_at_its_start(cache, tmp_path, monkeypatch, capsys):
+    """Before anything is computed: the rest of the run is left out here."""
+    monkeypatch.setattr(train, "check_roles", lambda *_: pytest.fail("far enough"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    Path("my_zeros.py").write_text("def zeros(completions): return [0.0] * len(completions)\n")
+    changes = {"reward.verdict_weight": 0.0, "kd_mask": "response"}
+    changes["reward.functions"] = "('my_zeros:zeros',)"
+    with pytest.raises(pytest.fail.Exception, match="far enough"):
+        run(tmp_path / "run", cache, **changes)
+    said = capsys.readouterr().out
+    problem = task_problems("arithmetic", 1, 1)[0].problem
+    assert f"tokens, as the model gets it:\n  | {problem}\n" in said
+    assert "warning: kd_mask='response' goes by the verifier's right and wrong" in said
 
 
 def test_a_learning_curve_in_a_line():

@@ -204,7 +204,7 @@ def open_model(
       UserError: no such model, or a setting that is none or out of its limits; before weights are
         loaded.
     """
-    policy = find_policy(model, "model", display=Display())
+    policy = find_policy(model, "model", display=Display(beside=True))
     tokenizer, known = policy.tokenizer(), run_settings(policy.folder, policy.step)
     problems = [
         f"{name}: is no setting; there are {', '.join(DRAWING)}"

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from kdrl_jax.api.common import Log, Rows, config_of, speaking_as
 from kdrl_jax.config import saved_config, update_config
 from kdrl_jax.evaluate import evaluate as run_evaluation
-from kdrl_jax.evaluation.benchmarks import find_benchmarks, load_benchmark, load_own
+from kdrl_jax.evaluation.benchmarks import find_benchmarks, load_benchmark, load_data, name_data
 from kdrl_jax.evaluation.model import find_policy
 from kdrl_jax.evaluation.planning import Refusals
 from kdrl_jax.training.display import Display
@@ -71,7 +71,7 @@ def evaluate(
       data: problems of one's own, beside or instead of benchmarks.
       data_dir: a folder with the benchmarks' files; None: they come from the hub.
       config, changes: how answers are asked for and graded; None: the run's own config, or 'mine'.
-      samples: answers to each problem; None: 1 of one's own, else the benchmark's.
+      samples: answers to each problem; None: eval.samples of one's own, else the benchmark's.
       limit: the first so many problems of each; None: all.
       log: 'text' or 'quiet'.
 
@@ -90,8 +90,11 @@ def evaluate(
         loaded = [x for b in chosen if (x := wrong.attempt(load_benchmark, b, folder))]
         if data is not None and known is not None:
             path = wrong.attempt(write_rows, output, "data", data)
-            own = wrong.attempt(load_own, path, known.data.fields) if path else None
-            loaded += [own] if own else []
+            named = wrong.attempt(name_data, [path]) if path else None
+            reading = {"on_bad": known.data.on_bad, "samples": known.eval.samples}
+            for one in (named or {}).items():
+                own = wrong.attempt(load_data, *one, known.data.fields, **reading)
+                loaded += [own] if own else []
         wrong.raise_any()
         assert known is not None
         assert policy is not None

@@ -22,6 +22,7 @@ from kdrl_jax.data.prompts import (
     find_style,
     pad_prompts,
     prompt_lengths,
+    shown_prompt,
 )
 from kdrl_jax.data.sentencepiece_tokenizer import SentencePieceTokenizer
 from kdrl_jax.data.tokenizer import (
@@ -59,5 +60,6 @@ __all__ = [
     "parse_filters",
     "prompt_lengths",
     "read_problems",
+    "shown_prompt",
     "token_pieces",
 ]

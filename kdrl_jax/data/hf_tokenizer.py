@@ -64,6 +64,12 @@ class HFTokenizer:
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids` with special tokens as they are written in the vocabulary."""
+        return self._tok.decode(
+            [int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
+
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The conversation in the chat template, up to where the assistant's turn begins.
 

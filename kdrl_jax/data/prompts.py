@@ -171,6 +171,14 @@ def encode_prompts(
     return kept, PromptReport(len(kept), len(problems), max_tokens)
 
 
+def shown_prompt(problem: Problem, ids: Sequence[int], tokenizer: Tokenizer) -> str:
+    """Returns lines for a person: a prompt as the model gets it, special tokens by their names."""
+    lines = tokenizer.spell(ids).split("\n")
+    name = f" ({problem.id})" if problem.id else ""
+    head = f"the first prompt{name}, {len(ids)} tokens, as the model gets it:"
+    return "\n".join([head, *(f"  | {line}" for line in lines)])
+
+
 def encode_prompt(problem: Problem, tokenizer: Tokenizer, style: str) -> list[int]:
     """The token ids of one problem's prompt, the chat template's included; see `encode_prompts`."""
     return encode_content(find_style(style)(problem), tokenizer)

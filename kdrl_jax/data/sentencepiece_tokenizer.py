@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -94,6 +95,14 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; the end and padding ids leave no trace, the unknown one is U+FFFD."""
         return self._sp.decode([int(i) for i in ids])
+
+    def spell(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids` with the names of start, end and padding in it."""
+        runs = itertools.groupby((int(i) for i in ids), self._sp.is_control)
+        return "".join(
+            "".join(map(self._sp.id_to_piece, run)) if named else self._sp.decode(list(run))
+            for named, run in runs
+        )
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """There is no chat template: always a UserError."""

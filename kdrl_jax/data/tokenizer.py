@@ -32,6 +32,10 @@ class Tokenizer(Protocol):
         """The text of `ids`; special tokens, such as the end of a text, leave no trace in it."""
         ...
 
+    def spell(self, ids: Sequence[int]) -> str:
+        """Returns the text of `ids` with the names of special tokens in it, to be looked at."""
+        ...
+
     def chat(self, messages: Sequence[Message]) -> list[int]:
         """The ids of a conversation, up to where the assistant's next turn begins.
 

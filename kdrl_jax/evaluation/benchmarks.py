@@ -1,14 +1,19 @@
-"""The benchmarks: where their problems are, how often each is asked, what the paper reports."""
+"""The benchmarks: where their problems are, how often each is asked, what the paper reports.
+
+Data of the user's own are asked likewise, under the name of their file; see `name_data`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from kdrl_jax.data.problems import FIELDS, read_problems
+from kdrl_jax.data.sources import HUB
 from kdrl_jax.rewards import Grader
 from kdrl_jax.types import Problem, UserError
 
@@ -158,6 +163,36 @@ def find_benchmarks(names: Sequence[str]) -> list[Benchmark]:
     return found
 
 
+def title_of(name: str) -> str:
+    """Returns how a table calls a benchmark, or data of the user's own."""
+    return BENCHMARKS[name].title if name in BENCHMARKS else name
+
+
+def name_data(paths: Sequence[str]) -> dict[str, str]:
+    """Returns data sets of the user's own by their names: file, folder or name on the hub.
+
+    One that is called like a benchmark gets 'own_' before its name, lest it be taken for that.
+
+    Raises:
+      UserError: two of one name.
+    """
+    found: dict[str, str] = {}
+    problems: list[str] = []
+    for path in paths:
+        stem = Path(path.partition("?")[0] if path.startswith(HUB) else path).stem
+        name = re.sub(r"[^\w.-]+", "_", stem).strip("._") or "data"
+        name = f"own_{name}" if name in BENCHMARKS else name
+        if name in found:
+            problems.append(
+                f"--data: {path} and {found[name]} would both be called {name!r}; rename a file, "
+                "or evaluate them one after the other, with another --output"
+            )
+        found[name] = path
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
 class Loaded(NamedTuple):
     """A benchmark's problems, and the rows that are none."""
 
@@ -166,6 +201,8 @@ class Loaded(NamedTuple):
     bad: int
     listed: tuple[str, ...]
     """The first of these rows, with what is wrong."""
+    note: str = ""
+    """What else there is to say of what was read."""
 
 
 def load_benchmark(benchmark: Benchmark, data_dir: Path | None = None) -> Loaded:
@@ -191,19 +228,22 @@ def load_benchmark(benchmark: Benchmark, data_dir: Path | None = None) -> Loaded
     return Loaded(benchmark, golds, report.bad, report.listed)
 
 
-def load_own(source: str, fields: Mapping[str, str], name: str = "") -> Loaded:
-    """Returns problems of the user's own as a benchmark, asked once each.
+def load_data(
+    name: str, path: str, fields: Mapping[str, str], *, on_bad: str, samples: int
+) -> Loaded:
+    """Returns data of the user's own, read as those that a run trains on; see `read_problems`.
 
     Args:
-      source, fields: see `read_problems`.
-      name: of the benchmark; "": the file's.
+      name: see `name_data`.
+      samples: responses to each problem unless the command asks for another number.
 
     Raises:
-      UserError: as `read_problems`.
+      UserError: see `read_problems`.
     """
-    name = name or Path(source.partition("?")[0]).stem
-    problems, report = read_problems(source, fields, on_bad="drop")
-    return Loaded(Benchmark(name, name, 1, "", ""), problems, report.bad, report.listed)
+    problems, report = read_problems(path, fields, on_bad=on_bad)
+    benchmark = Benchmark(name, name, samples, hub="", revision="")
+    note = str(report) if report.unpinned or report.notes else ""
+    return Loaded(benchmark, problems, report.bad, report.listed, note)
 
 
 def refused_golds(problems: Sequence[Problem], grader: Grader) -> dict[int, str]:

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from kdrl_jax.evaluation.benchmarks import BENCHMARKS, PAPER, PAPER_AVERAGE, PAPER_COLUMNS
+from kdrl_jax.evaluation.benchmarks import (
+    BENCHMARKS,
+    PAPER,
+    PAPER_AVERAGE,
+    PAPER_COLUMNS,
+    title_of,
+)
 from kdrl_jax.evaluation.metrics import (
     avg_at_k,
     bootstrap_interval,
@@ -20,6 +26,10 @@ from kdrl_jax.evaluation.metrics import (
 from kdrl_jax.types import OUTCOMES
 
 Figures = dict[str, Any]
+PAPER_ROWS = (
+    " The paper's rows are Table 1 of arXiv 2506.02208: there k is 16 for AIME and AMC and 1 "
+    "elsewhere."
+)
 
 
 def summarise(
@@ -79,8 +89,8 @@ def markdown(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = (
     parts = [
         f"# Evaluation of {results['checkpoint']}",
         "Accuracy in %: Avg@k, the mean over k samples of each problem, with the 95 % bootstrap "
-        "interval over problems (a point where all score alike). The paper's rows are Table 1 of "
-        "arXiv 2506.02208: there k is 16 for AIME and AMC and 1 elsewhere.",
+        "interval over problems (a point where all score alike)."
+        + (PAPER_ROWS if {*names} & {*PAPER_COLUMNS} else ""),
         _accuracy(names, [results, *others]),
         *_missing(names),
         _details(results["benchmarks"]),
@@ -98,7 +108,7 @@ def markdown(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = (
 def _accuracy(names: Sequence[str], ours: Sequence[Mapping[str, Any]]) -> str:
     whole = set(PAPER_COLUMNS) <= set(names)
     columns = [*names, PAPER_AVERAGE] if whole else list(names)
-    titles = [BENCHMARKS[name].title for name in names] + ["average"] * whole
+    titles = [title_of(name) for name in names] + ["average"] * whole
     lines = [["", *titles]]
     for one in ours:
         cells = [_with_interval(one["benchmarks"].get(name)) for name in names]
@@ -112,7 +122,7 @@ def _accuracy(names: Sequence[str], ours: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _missing(names: Sequence[str]) -> list[str]:
-    titles = [BENCHMARKS[name].title for name in names if name not in PAPER_COLUMNS]
+    titles = [title_of(x) for x in names if x in BENCHMARKS and x not in PAPER_COLUMNS]
     return [f"The paper gives no figure for {', '.join(titles)}."] if titles else []
 
 
@@ -123,7 +133,7 @@ def _details(benchmarks: Mapping[str, Figures]) -> str:
         k = f["samples"]
         lines.append(
             [
-                BENCHMARKS[name].title,
+                title_of(name),
                 *(str(f["problems"]), str(k), _with_interval(f)),
                 *(_percent(f["pass"][str(k)]), _percent(f["maj"]), _percent(f["answered"])),
                 f"{f['length']:.0f}",
@@ -137,7 +147,7 @@ def _details(benchmarks: Mapping[str, Figures]) -> str:
 def _notes(benchmarks: Mapping[str, Figures]) -> list[str]:
     notes = []
     for name, f in benchmarks.items():
-        title, lost = BENCHMARKS[name].title, f["outcomes"]["timeout"]
+        title, lost = title_of(name), f["outcomes"]["timeout"]
         if f["kept_out"]:
             more = f["kept_out"] - len(f["kept_out_rows"])
             rows = [*f["kept_out_rows"], *([f"and {more} more"] if more else [])]

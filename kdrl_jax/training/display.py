@@ -123,15 +123,16 @@ class Display:
 
     Args:
       quiet: say nothing: of several processes only one speaks.
+      beside: print to stderr, and nothing of compilations: stdout is for something else.
 
     Attributes:
       kind: one of LOGS.
       live: whether tracks are bars on a screen.
     """
 
-    def __init__(self, quiet: bool = False):
+    def __init__(self, quiet: bool = False, beside: bool = False):
         self.kind = "quiet" if quiet else _Log.kind
-        stream = sys.stdout
+        stream = sys.stderr if beside else sys.stdout
         self.console = Console(
             file=stream,
             highlight=False,
@@ -144,7 +145,7 @@ class Display:
         self.live &= self.kind == "text"
         self._tracks: list[Track] = []
         self._region: Live | None = None
-        if not quiet:
+        if not quiet and not beside:
             COMPILING.lasts = self._compiling
 
     def say(self, text: str) -> None:

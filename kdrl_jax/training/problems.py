@@ -19,6 +19,7 @@ from kdrl_jax.data import (
     load_tokenizer,
     parse_filters,
     read_problems,
+    shown_prompt,
 )
 from kdrl_jax.rewards import Grader, RewardFunctions
 from kdrl_jax.tasks.registry import get_task, task_form, task_problems, task_verifier
@@ -108,6 +109,7 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
         )
     source = data.path or data.task
     encoded = _encode(training, config, tokenizer, display, report, "training", source)
+    display.say(shown_prompt(*encoded[0], tokenizer))
     if len(encoded) < config.rollout.prompts_per_step:
         raise UserError(
             f"rollout.prompts_per_step: {config.rollout.prompts_per_step} exceeds the "

@@ -286,9 +286,13 @@ class Run:
                 self._wandb.write(step, row)
 
     def samples_due(self, step: int) -> int:
-        """How many rollouts of a step are to be written: some every `samples.every` steps."""
+        """Returns how many rollouts of a step are to be written.
+
+        Some of the first, of the last and of every `samples.every`-th step.
+        """
         s = self.config.samples
-        return s.count if s.every and step % s.every == 0 else 0
+        due = s.every and (step % s.every == 0 or step in (1, self.config.steps))
+        return s.count if due else 0
 
     def write_samples(
         self, step: int, found: Collected, tokenizer: Tokenizer, traces: TokenTraces | None

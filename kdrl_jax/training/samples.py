@@ -76,7 +76,8 @@ def write_samples(
 ) -> None:
     """The first `count` rollouts of a step, one JSON object a line.
 
-    Beside the verdict: "advantage", whether the rollout is "trained" on and "distilled"; and, a
+    "prompt" is what the model was given, special tokens by their names. Beside the verdict:
+    "advantage", whether the rollout is "trained" on and "distilled"; and, a
     list entry for each token, "tokens" (texts that join to the completion; see `token_pieces`),
     "log_probs" of the sampler and "teacher_log_probs", in nats. The latter are null where the
     teacher was not asked or has no opinion; "tokens" is null where the text cannot be taken apart.
@@ -91,7 +92,7 @@ def write_samples(
     told = jax.device_get(traces)
     rewards, lines = found.rewards.reshape(-1), []
     for i, text in enumerate(completion_texts(shown, tokenizer)[:count]):
-        problem, verdict, n = found.asked[i // group][0], found.verdicts[i], int(lengths[i])
+        (problem, prompt), verdict, n = found.asked[i // group], found.verdicts[i], int(lengths[i])
         cut = finish[i] == FINISH_LENGTH
         pieces = token_pieces(tokenizer, tokens[i, : n if cut else n - 1].tolist(), text)
         scored = told.teacher_log_probs
@@ -99,6 +100,7 @@ def write_samples(
             "id": problem.id,
             "sample": i % group,
             "problem": problem.problem,
+            "prompt": tokenizer.spell(prompt),
             "answer": problem.answer,
             "completion": text,
             "reward": float(rewards[i]),
