@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from kdrl_jax import processes
 from kdrl_jax.cli import EXIT_UNHEALTHY, parse_config_args, run_entry
 from kdrl_jax.config import digest, flatten
-from kdrl_jax.data import PromptBatches, prompt_lengths
+from kdrl_jax.data import PromptBatches, prompt_lengths, to_json_lines
 from kdrl_jax.models import Decoder
 from kdrl_jax.network import set_offline
 from kdrl_jax.objectives import Trend
@@ -64,9 +64,12 @@ from kdrl_jax.training.run import Run, open_workdir
 from kdrl_jax.training.serving import connect
 from kdrl_jax.training.state import abstract_state, init_state, optimizer_of
 from kdrl_jax.training.stopping import EXIT_STOPPED, EndAtOnce
-from kdrl_jax.training.storage import check_writable
+from kdrl_jax.training.storage import check_writable, write_atomic
 from kdrl_jax.training.validation import compare_for_resume, validate
 from kdrl_jax.types import UserError
+
+HELD_OUT = "held_out.jsonl"
+"""In a run's folder: the problems of `data.eval_fraction` that it is measured on."""
 
 
 def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
@@ -129,6 +132,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         meter = Meter(*job, display)
     facts = (data_report, device_facts(sizes))
     store = open_workdir(workdir, named, models, shapes["student"], tokenizer, *facts)
+    if config.data.eval_fraction and processes.is_first():
+        write_atomic(workdir / HELD_OUT, to_json_lines([problem for problem, _ in held_out]))
     start = store.latest_step()
     processes.agree(str(workdir), {"newest checkpoint": str(start)})
     teacher = reference = base = None

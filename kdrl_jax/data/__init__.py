@@ -10,6 +10,7 @@ from kdrl_jax.data.filters import (
     parse_filters,
 )
 from kdrl_jax.data.hf_tokenizer import HFTokenizer
+from kdrl_jax.data.holdout import hold_out, to_json_lines
 from kdrl_jax.data.problems import ReadReport, load_problems, read_problems
 from kdrl_jax.data.prompts import (
     PROMPT_STYLES,
@@ -54,6 +55,7 @@ __all__ = [
     "encode_prompt",
     "encode_prompts",
     "find_style",
+    "hold_out",
     "load_problems",
     "load_tokenizer",
     "pad_prompts",
@@ -61,5 +63,6 @@ __all__ = [
     "prompt_lengths",
     "read_problems",
     "shown_prompt",
+    "to_json_lines",
     "token_pieces",
 ]

@@ -16,6 +16,7 @@ from kdrl_jax.data import (
     apply_filters,
     encode_prompt,
     encode_prompts,
+    hold_out,
     load_tokenizer,
     parse_filters,
     read_problems,
@@ -95,7 +96,11 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
             held_out = draw(wanted, split="test") if wanted else []
         else:
             training = _read(data.path, data, display, report, "training")
-            held_out = _read(data.eval_path, data, display, report, "held-out") if wanted else []
+            held_out = []
+            if data.eval_fraction:
+                training, held_out = _hold_out(training, config, display, report)
+            elif wanted:
+                held_out = _read(data.eval_path, data, display, report, "held-out")
         if data.filters:
             length = functools.partial(_prompt_length, tokenizer=tokenizer, style=data.prompt_style)
             training, filtered = apply_filters(training, data.filters, length)
@@ -117,7 +122,7 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
         )
     if not wanted:
         return RunData(encoded, [], report)
-    source = data.eval_path or data.task
+    source = data.eval_path or source
     test = _encode(held_out[:wanted], config, tokenizer, display, report, "held-out", source)
     return RunData(encoded, test, report)
 
@@ -131,6 +136,26 @@ def _read(
         display.say(str(found))
     report[what] = found.to_dict()
     return problems
+
+
+def _hold_out(
+    problems: list[Problem], config: ConfigDict, display: Display, report: dict[str, Any]
+) -> tuple[list[Problem], list[Problem]]:
+    """`hold_out` by the config, said and reported."""
+    data = config.data
+    choice = (data.eval_fraction, config.eval.problems, data.seed)
+    training, held_out = hold_out(problems, *choice)
+    again = len(problems) - len(training) - len(held_out)
+    repeated = f", and {again} more with the same texts left out" if again else ""
+    display.say(
+        f"{data.path}: {len(held_out)} of {len(problems)} problems held out for evaluation "
+        f"(data.eval_fraction={data.eval_fraction}){repeated}"
+    )
+    report["held-out"] = {
+        **{"path": data.path, "fraction": data.eval_fraction, "seed": data.seed},
+        **{"kept": len(held_out), "repeated": again},
+    }
+    return training, held_out
 
 
 def _prompt_length(problem: Problem, tokenizer: Tokenizer, style: str) -> int:

@@ -1,4 +1,4 @@
-"""Sizes of a config that do not go together."""
+"""Sizes of a config that do not go together, and what a run is measured on."""
 
 from __future__ import annotations
 
@@ -34,4 +34,26 @@ def size_problems(flat: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"data.prompt_buckets: the largest, {buckets[-1]}, is below data.max_prompt_tokens="
             f"{flat['data.max_prompt_tokens']}; add that length"
+        )
+
+
+def held_out_problems(flat: Mapping[str, Any]) -> Iterator[str]:
+    """What is wrong with the choice of held-out problems."""
+    share, file, task = flat["data.eval_fraction"], flat["data.eval_path"], flat["data.task"]
+    if not 0 <= share < 1:
+        yield f"data.eval_fraction: {share} must be at least 0 and below 1"
+    elif share and file:
+        yield (
+            f"data.eval_fraction: {share}, but data.eval_path={file!r} has held-out problems; "
+            "set one of them, data.eval_fraction=0 or data.eval_path="
+        )
+    elif share and task:
+        yield (
+            f"data.eval_fraction: {share}, but data.task={task!r} has a test split of its own; "
+            "set data.eval_fraction=0"
+        )
+    if not task and flat["eval.every"] and not (file or share):
+        yield (
+            "data.eval_path: empty, but eval.every is not 0; give a JSONL file, hold some problems "
+            "out by data.eval_fraction=0.1, or set eval.every=0"
         )

@@ -35,7 +35,7 @@ from kdrl_jax.training.health import THRESHOLDS, WATCHES
 from kdrl_jax.training.locate import MODEL_KEYS, find_model
 from kdrl_jax.training.own_code import own_code_problems
 from kdrl_jax.training.safety import safety_problems, server_problems, without_secrets
-from kdrl_jax.training.size_problems import size_problems
+from kdrl_jax.training.size_problems import held_out_problems, size_problems
 from kdrl_jax.training.wandb_run import wandb_problems
 from kdrl_jax.types import UserError
 
@@ -301,8 +301,7 @@ def _task_problems(flat: dict[str, Any]) -> Iterator[str]:
     task = get_task(name) if name and not wrong else None
     yield from _problems_of(task_args, flat["data.task_args"], task)
     yield from _problems_of(parse_filters, flat["data.filters"])
-    if not name and flat["eval.every"] and not flat["data.eval_path"]:
-        yield "data.eval_path: empty, but eval.every is not 0; give a JSONL file or eval.every=0"
+    yield from held_out_problems(flat)
     for role in ROLES:
         warm = flat[f"{role}.sft.task"] or name
         if flat[f"{role}.sft.steps"] and not warm:
