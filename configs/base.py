@@ -127,8 +127,8 @@ def get_config() -> ConfigDict:
     c.data.task_args = ""  # a JSON object of arguments for the task: '{"max_terms": 5}'
     c.data.path = ""  # .jsonl, .json, .parquet, a folder or pattern of these, hf://owner/name
     c.data.eval_path = ""  # held-out problems, likewise; "" with a task: its test split
-    # Share of the problems of `path` held out instead of `eval_path`, at most eval.problems of them;
-    # chosen by data.seed and their texts, so none is trained on. 0: none.
+    # Share of the problems of `path` that is held out instead of `eval_path`, at most eval.problems
+    # of them; chosen by data.seed and their texts, so none is trained on. 0: none.
     c.data.eval_fraction = 0.0
     c.data.on_bad = "raise"  # a row that cannot be used: raise | drop (counted and listed)
     c.data.filters = ()  # steps of kdrl_jax.data.filters, in order

@@ -1,12 +1,12 @@
 """Your own model and data: GRPO from the first minute, KDRL as soon as there is a teacher.
 
-    python -m kdrl_jax.train --config=mine --config.student.path=FOLDER \\
-        --config.data.path=rows.jsonl --config.data.fields.problem=question \\
-        --config.reward.functions=my_rewards:short
+    python -m kdrl_jax.train --config=mine --config.data.path=rows.jsonl \\
+        --config.data.fields.problem=question --config.reward.functions=my_rewards:short
     python -m kdrl_jax.train --config=mine:kdrl --config.teacher.path=TEACHER …
 
-A tenth of the rows is held out and measured before, during and after. Prompts are the rows' texts in
-the model's chat template, with nothing added; an answer is its last number (`reward.answer`). The
+The student is SmolLM2-135M-Instruct, from the hub, unless `student.path` names another one. A tenth
+of the rows is held out and measured before, during and after. Prompts are the rows' texts in the
+model's chat template, with nothing added; an answer is its last number (`reward.answer`). The
 micro-batch and the padded lengths follow from the data and the devices. Small steps, for a small
 model on any machine: on more, raise `rollout.*` and `steps`. In float32, which CPUs are fast at;
 `mine:bfloat16` and `mine:lora` suit accelerators and larger models, as in `mine:kdrl,bfloat16`.

@@ -183,7 +183,7 @@ def test_a_plan():
         (lambda: kdrl_jax.train("mine", "w", data=[1]), "data.path: row 0 is int"),
         (lambda: kdrl_jax.train("mine", "w", data={"a": 1}), "data.path: dict is no list of rows"),
         (lambda: kdrl_jax.train("mine", "w", data=[]), "data.path: holds no rows"),
-        (lambda: kdrl_jax.train("mine", reward=3), "'int' object|no function"),
+        (lambda: kdrl_jax.train("mine", reward=3), r"reward\.functions: 3 is no function"),
         (lambda: kdrl_jax.train("none"), "--config: no file none"),
         (lambda: kdrl_jax.train("mine", log="loud"), "log: 'loud' is none of"),
         (lambda: kdrl_jax.generate("nowhere", "a"), "model: no folder nowhere"),

@@ -128,7 +128,7 @@ def train(
         if path is not None:
             own[key] = str(path)
     if reward is not None:
-        functions = [reward] if isinstance(reward, str) or callable(reward) else list(reward)
+        functions = reward if isinstance(reward, list | tuple) else [reward]
         own[REWARDS] = tuple(text_of(f, REWARDS) for f in functions)
         own["reward.verdict_weight"] = 0.0
     if prompt is not None:
