@@ -301,7 +301,9 @@ def put(tree: Any, sharding: Any) -> Any:
         if x.sharding.is_equivalent_to(where, x.ndim):  # the same by another mesh's names
             parts = [shard.data for shard in x.addressable_shards]
             return jax.make_array_from_single_device_arrays(x.shape, where, parts)
-        return jax.device_put(x, where)
+        # To other devices, and split otherwise, JAX itself goes through the host; it is meant.
+        with jax.transfer_guard("allow"):
+            return jax.device_put(x, where)
 
     if isinstance(sharding, jax.sharding.Sharding):
         return jax.tree.map(lambda x: one(x, sharding), tree)

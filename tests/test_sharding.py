@@ -134,6 +134,20 @@ def meshes(*overrides):
     return make_meshes(apply_overrides(get_config(), list(overrides)))
 
 
+def test_arrays_go_to_fewer_devices_while_copies_are_guarded():
+    """JAX takes such an array through the host, which training allows nobody but us."""
+    mesh = make_mesh(1, 2, 1, 2, devices=jax.devices()[:4])
+    other = make_mesh(2, 1, devices=jax.devices()[4:6])
+    weights = np.arange(64.0, dtype=np.float32).reshape(8, 8)
+    x = put(weights, NamedSharding(mesh, P("fsdp", "context")))
+    with jax.transfer_guard("disallow"):
+        moved = to_mesh(other, x)
+        again = put(moved, NamedSharding(mesh, P("context", "fsdp")))
+    assert moved.sharding.device_set == {*jax.devices()[4:6]}
+    np.testing.assert_array_equal(moved, weights)
+    np.testing.assert_array_equal(again, weights)
+
+
 def test_rollouts_take_data_and_context_for_one_axis_and_move_nothing():
     found = meshes("mesh.fsdp=2", "mesh.context=2", "mesh.tensor=2")
     assert dict(found.rollout.shape) == {"data": 2, "context": 1, "fsdp": 2, "tensor": 2}
