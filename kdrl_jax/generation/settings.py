@@ -42,7 +42,7 @@ def limit_problems(values: Mapping[str, Any], option: str = "") -> list[str]:
 
 
 def run_settings(folder: Path, step: int | None) -> dict[str, Any]:
-    """Returns what a run's config has of drawing and of columns, with the usual for what it has not.
+    """Returns what a run's config has of drawing and columns, with the usual for what it has not.
 
     Args:
       folder: of a run or a model.
