@@ -2,6 +2,7 @@
 
     python -m kdrl_jax.generate --model=FOLDER                          a conversation
     python -m kdrl_jax.generate --model=FOLDER --prompt='What is 2+3?'  one answer, as it is drawn
+    python -m kdrl_jax.generate --model=FOLDER --chat < turns.txt       a turn a line, from a pipe
     python -m kdrl_jax.generate --model=FOLDER --file=problems.jsonl --output=answers.jsonl
     python -m kdrl_jax.generate --model=STUDENT --beside=TEACHER --prompt=… --logprobs
 
@@ -11,12 +12,18 @@ Settings that are not given are those of the run, else --temperature=0.6, no tru
 --max_new_tokens=1024 and the tokenizer's chat template, if it has one. Answers are drawn by the
 engine that training uses: an answer depends on seed, prompt, its number and sample alone.
 
-A file is .txt, a prompt a line, or JSONL, JSON or Parquet with a column `problem` or `prompt`. Its
-answers are JSON Lines: id, sample, model, prompt, text, tokens (their count, the end token
-included) and finish_reason ('stop' or 'length'); with --logprobs also log_probs, for each token
-its text, id and log_prob, of the whole distribution at the temperature (at 0: of that at 1); beside
-another model, whoever drew it, also beside_log_prob and log_ratio = log_prob − beside_log_prob, the
-ℓ = log π/π_T that KDRL distils by. --json writes one prompt's answers in this form too.
+What comes from a pipe is one prompt, line ends and all; with --chat each line that is not empty is
+a turn of a conversation, answered as soon as it is there, and /reset and /quit do what they do at a
+terminal. Answers go to stdout, everything else to stderr.
+
+A file is .txt, a prompt a line, or whatever data.path of a run may be (hf://owner/name, too) with
+the text in the column that --config.data.fields.problem names, else in the run's, `problem` or
+`prompt`. Its answers are JSON Lines: id, sample, model, prompt, text, tokens (their count, the end
+token included) and finish_reason ('stop' or 'length'); with --logprobs also log_probs, for each
+token its text, id and log_prob, of the whole distribution at the temperature (at 0: of that at 1);
+beside another model, whoever drew it, also beside_log_prob and log_ratio = log_prob −
+beside_log_prob, the ℓ = log π/π_T that KDRL distils by. --json writes one prompt's answers in this
+form too.
 """
 
 from __future__ import annotations
@@ -28,13 +35,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
-from kdrl_jax.cli import run_entry
+from kdrl_jax.cli import run_entry, split_overrides
+from kdrl_jax.config import CONFIGS, apply_overrides, load_config
 from kdrl_jax.data import Tokenizer, check_tokenizer_pair, encode_content, find_style
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
 from kdrl_jax.evaluation.planning import Refusals
-from kdrl_jax.generation.asking import read_prompts, write_rows
-from kdrl_jax.generation.conversation import converse
+from kdrl_jax.generation.asking import COLUMNS, read_prompts, write_rows
+from kdrl_jax.generation.conversation import converse, read_turn
 from kdrl_jax.generation.sampler import Sampler, Settings
 from kdrl_jax.generation.screen import Screen
 from kdrl_jax.generation.settings import has_template, limit_problems, run_settings, usual_dtype
@@ -49,7 +58,8 @@ from kdrl_jax.types import Problem, UserError
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    args = _arguments(argv)
+    overrides, rest = split_overrides(sys.argv[1:] if argv is None else argv)
+    args = _arguments(rest)
     wrong = Refusals()
     policies = _policies(args, wrong)
     tokenizers = [found for p in policies if (found := wrong.attempt(p.tokenizer))]
@@ -67,7 +77,8 @@ def main(argv: list[str] | None = None) -> None:
             check_tokenizer_pair(*tokenizers)
         except UserError as error:
             wrong += [p.replace("teacher.path", "--logprobs --beside") for p in error.problems]
-    problems = wrong.attempt(_prompts, args) or []
+    fields = wrong.attempt(_fields, overrides, known["fields"])
+    problems = (fields and wrong.attempt(_prompts, args, *fields)) or []
     encoded = [
         _encode(problems, args.prompt_style, *pair, wrong)
         for pair in zip(tokenizers, windows, strict=True)
@@ -95,7 +106,8 @@ def main(argv: list[str] | None = None) -> None:
         if problems:
             screen.answer([[ids] for ids, *_ in encoded], 0)
         else:
-            converse(samplers, args.prompt_style, screen.answer, screen.say)
+            reading = {} if sys.stdin.isatty() else {"read": read_turn}
+            converse(samplers, args.prompt_style, screen.answer, screen.say, **reading)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -108,7 +120,13 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--model", required=True, metavar="FOLDER", help="Hugging Face or a run's")
     add("--beside", metavar="FOLDER", help="a second model, such as the teacher: answers too")
     add("--prompt", metavar="TEXT", help="default: a conversation, or what comes from a pipe")
-    add("--file", metavar="FILE", help="prompts; answers are JSON Lines")
+    add("--chat", action="store_true", help="a conversation, from a pipe too: a turn a line")
+    add(
+        "--file",
+        metavar="PATH",
+        help="prompts, a .txt or as data.path; --config.data.fields.problem=COLUMN says where; "
+        "answers are JSON Lines",
+    )
     add("--output", type=Path, metavar="FILE", help="of --file or --json; default: stdout")
     add("--json", action="store_true", help="answers as JSON Lines")
     add("--logprobs", action="store_true", help="of each token; beside, of both models")
@@ -161,7 +179,10 @@ def _settings(args: argparse.Namespace, known: dict[str, Any], wrong: Refusals) 
         wrong.append("--log=quiet: would drop the answers; add --output, with --file or --json")
     if args.output and args.file is None and not args.json:
         wrong.append("--output: is for the rows of --file or --json; add one of them")
-    talks = args.prompt is None and args.file is None and sys.stdin.isatty()
+    talks = args.chat or (args.prompt is None and args.file is None and sys.stdin.isatty())
+    for option in ("prompt", "file"):
+        if args.chat and getattr(args, option) is not None:
+            wrong.append(f"--chat and --{option}: give one of them")
     if talks and (args.samples > 1 or args.json):
         option = "--json" if args.json else f"--samples={args.samples}"
         wrong.append(f"{option}: not in a conversation; give --prompt or --file")
@@ -182,11 +203,33 @@ def _mesh(tensor: int, policies: Sequence[PolicyFolder]) -> jax.sharding.Mesh | 
     return mesh
 
 
-def _prompts(args: argparse.Namespace) -> list[Problem]:
+def _fields(overrides: Sequence[str], known: ConfigDict) -> tuple[list[str], str]:
+    """Returns the columns of a file's prompts, the first that there is counts, and that of ids.
+
+    Args:
+      known: `data.fields` of the run, or the default.
+    """
+    if foreign := [x for x in overrides if not x.startswith("data.fields.")]:
+        raise UserError(
+            *(
+                f"--config.{item}: of a config this command takes data.fields.* alone; it has "
+                "options of its own, see --help"
+                for item in foreign
+            )
+        )
+    config = load_config(CONFIGS / "base.py")
+    config.data.fields = known
+    fields = apply_overrides(config, overrides).data.fields
+    given = any(item.startswith("data.fields.problem=") for item in overrides)
+    columns = [fields.problem] if given else [*dict.fromkeys((fields.problem, *COLUMNS))]
+    return columns, fields.id
+
+
+def _prompts(args: argparse.Namespace, columns: Sequence[str], name: str) -> list[Problem]:
     """The prompts there are; none for a conversation."""
     if args.file is not None:
-        return read_prompts(args.file)
-    if args.prompt is None and sys.stdin.isatty():
+        return read_prompts(args.file, columns, name)
+    if args.chat or (args.prompt is None and sys.stdin.isatty()):
         return []
     text = sys.stdin.read().strip() if args.prompt is None else args.prompt
     if not text.strip():

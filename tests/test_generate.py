@@ -18,6 +18,8 @@ from pathlib import Path
 import jax
 import model_cases as cases
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import sentencepiece
 from local_server import NumpyDecoder, log_softmax
@@ -28,6 +30,7 @@ from kdrl_jax import generate
 from kdrl_jax.cli import run_entry
 from kdrl_jax.data import SentencePieceTokenizer, encode_prompt, load_tokenizer
 from kdrl_jax.evaluation.model import find_policy, load_policy
+from kdrl_jax.generation.asking import read_prompts
 from kdrl_jax.generation.conversation import converse
 from kdrl_jax.generation.sampler import LIVE_CHUNK, Sampler, Settings, buckets
 from kdrl_jax.generation.screen import Screen
@@ -327,7 +330,7 @@ def test_devices_may_share_the_layers(models, capsys):
 
 def test_everything_wrong_is_said_at_once(models, tmp_path, capsys):
     (tmp_path / "there.jsonl").write_text("")
-    (tmp_path / "in.jsonl").write_text('{"problem": 5}\n{"x": 1}\n{"problem": "fine"}')
+    (tmp_path / "in.jsonl").write_text('{"problem": [5]}\n{"x": 1}\n{"problem": "fine"}')
     wrong = [f"--model={models / 'student'}", "--file=in.jsonl", "--output=there.jsonl"]
     wrong += ["--temperature=-1", "--top_p=0", "--samples=0", "--tensor=3", "--batch=0"]
     with pytest.raises(SystemExit):
@@ -339,8 +342,8 @@ def test_everything_wrong_is_said_at_once(models, tmp_path, capsys):
         "--samples: 0 must be at least 1",
         "--batch: 0 must be at least 1",
         "--tensor: 3 does not divide",
-        "in.jsonl:1: has no text in 'problem' or 'prompt'",
-        "in.jsonl:2: has no text",
+        "in.jsonl:1: 'problem' is an array, not text or a number; fill it in, or name another",
+        "in.jsonl:2: has no text in 'problem' or 'prompt'; name its column with --config.data.",
         "--output: there.jsonl exists; give a new file",
     ):
         assert any(line.startswith(f"error: {start}") for line in lines), (start, lines)
@@ -359,6 +362,8 @@ def test_everything_wrong_is_said_at_once(models, tmp_path, capsys):
         ({"prompt_style": "kdlr"}, "'kdlr' is unknown; .*the nearest is 'kdrl'"),
         ({"output": "x.jsonl"}, "--output: is for the rows of --file or --json"),
         ({"file": "x.txt"}, "--prompt and --file: give one of them"),
+        ({"config.steps": 3}, r"--config\.steps=3: of a config this command takes data\.fields"),
+        ({"config.data.fields.probelm": "x"}, r"no such key; the nearest is data\.fields\.problem"),
     ],
 )
 def test_what_cannot_be_asked(models, changes, message):
@@ -377,6 +382,120 @@ def test_models_of_other_tokenizers_answer_but_are_not_compared(models, tmp_path
         command(models / "student", "--logprobs", **where)
     command(models / "student", **where)
     assert "--- other\n" in capsys.readouterr().out
+
+
+def test_prompts_stand_in_whatever_column(tmp_path):
+    """As the data of a run: the same kinds of files, nested names, numbers, and verl's rows."""
+    rows = [{"q": {"text": f"What is {i}?"}, "uid": i, "gold": i, "n": i} for i in range(3)]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "in.json").write_text(json.dumps(rows))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
+    for name in ("in.jsonl", "in.json", "in.parquet", "in.p*"):
+        found = read_prompts(str(tmp_path / name), ["q.text"], "uid")
+        assert [(p.id, p.problem) for p in found] == [(str(i), f"What is {i}?") for i in range(3)]
+        assert [p.meta["gold"] for p in found] == [0, 1, 2]
+    assert [p.problem for p in read_prompts(str(tmp_path / "in.jsonl"), ["n"])] == ["0", "1", "2"]
+    both = read_prompts(str(tmp_path / "in.jsonl"), ["question", "n"])
+    assert [p.id for p in both] == ["in/1", "in/2", "in/3"]
+    verl = {"prompt": [{"role": "user", "content": "Why?"}], "reward_model": {"ground_truth": "1"}}
+    (tmp_path / "verl.jsonl").write_text(json.dumps(verl))
+    assert [p.problem for p in read_prompts(str(tmp_path / "verl.jsonl"))] == ["Why?"]
+    with pytest.raises(Exception, match="has no text in 'x'; name its column with --config"):
+        read_prompts(str(tmp_path / "in.jsonl"), ["x"])
+
+
+def test_columns_are_those_given_or_the_runs(models, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('{"question": "What is 1+1?", "prompt": "Why?"}')
+    option = "--config.data.fields.problem=question"
+    command(models / "student", option, file="in.jsonl")
+    command(models / "student", file="in.jsonl")
+    shutil.copytree(models / "run", tmp_path / "run")
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    saved["data"]["fields"] = {"problem": "question", "answer": "gold", "id": "id"}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    generate.main([f"--model={tmp_path / 'run'}", "--file=in.jsonl"])
+    (tmp_path / "in.txt").write_text("What is 2+2?")
+    (tmp_path / "other.jsonl").write_text('{"problem": "How?"}')
+    generate.main([f"--model={tmp_path / 'run'}", "--file=other.jsonl"])
+    found = [row["prompt"] for row in rows(capsys.readouterr().out)]
+    assert found == ["What is 1+1?", "Why?", "What is 1+1?", "How?"]
+
+
+# --- from a pipe ---------------------------------------------------------------------------------
+
+
+def piped(monkeypatch, text: str) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+
+
+def test_a_pipe_is_one_prompt_or_with_chat_a_turn_a_line(models, monkeypatch, capsys):
+    asked: list[list[int]] = []
+    answer = Sampler.answer
+
+    def spy(self, prompts, numbers, **options):
+        asked.append(prompts[0])
+        return answer(self, prompts, numbers, **options)
+
+    monkeypatch.setattr(Sampler, "answer", spy)
+    chat = load_tokenizer(models / "student").chat
+    piped(monkeypatch, "Hi\n\nAnd 2+2?\n")
+    command(models / "student")
+    assert asked == [chat([{"role": "user", "content": "Hi\n\nAnd 2+2?"}])]
+    capsys.readouterr()
+    asked.clear()
+    piped(monkeypatch, "Hi\n\nAnd 2+2?\n/reset\nHi\n/quit\nno\n")
+    command(models / "student", "--chat")
+    assert len(asked) == 3
+    said = capsys.readouterr()
+    hi = [{"role": "user", "content": "Hi"}]
+    assert asked[0] == asked[2] == chat(hi)
+    assert asked[1][: len(asked[0])] == asked[0], "the first turn goes before the second"
+    assert len(asked[1]) > len(chat([*hi, {"role": "user", "content": "And 2+2?"}]))
+    assert "forgotten" in said.err
+    assert "> " not in said.out
+    assert "/help" not in said.out + said.err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt=x"], "--chat and --prompt: give one of them"),
+        (["--file=x.txt"], "--chat and --file: give one of them"),
+        (["--json"], "--json: not in a conversation"),
+        (["--samples=2"], "--samples=2: not in a conversation"),
+    ],
+)
+def test_what_does_not_go_with_chat(models, monkeypatch, more, message):
+    piped(monkeypatch, "Hi\n")
+    Path("x.txt").write_text("x")
+    with pytest.raises(Exception, match=message) as caught:
+        command(models / "student", "--chat", *more)
+    assert type(caught.value).__name__ == "UserError"
+
+
+def test_a_real_pipe_is_answered_turn_by_turn(models, tmp_path):
+    """The program itself: the first answer comes while the pipe is open, before the next turn."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    argv = [sys.executable, "-m", "kdrl_jax.generate", f"--model={models / 'student'}", "--chat"]
+    argv += ["--max_new_tokens=4", "--prompt_style=chat", "--temperature=0"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(argv, cwd=tmp_path, env=env, **pipes)
+    try:
+        process.stdin.write(b"Hi\n")
+        process.stdin.flush()
+        first = process.stdout.readline()
+        assert first.endswith(b"\n")
+        assert process.poll() is None
+        rest, errors = process.communicate(b"/reset\nHi\n", timeout=600)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 0, errors
+    answers = (first + rest).decode()
+    half = len(answers) // 2
+    assert answers[:half] == answers[half:], "the likeliest answer, twice"
+    assert answers.endswith("\n")
+    assert b"Traceback" not in errors
 
 
 # --- at a terminal -------------------------------------------------------------------------------

@@ -112,22 +112,29 @@ def _problem(row: Any, fields: Mapping[str, str], default_id: str, notes: Counte
     rates = pass_rates(row)
     if is_chat_row(row) and all(fields[key] == FIELDS[key] for key in ("problem", "answer")):
         row = from_chat_row(row, notes)
-    texts = {key: _text(row, key, fields[key]) for key in ("problem", "answer")}
+    texts = {key: text_of(row, key, fields[key]) for key in ("problem", "answer")}
     name = fields["id"]
-    has_id = bool(name) and _lookup(row, name) not in (None, "")
+    has_id = bool(name) and look_up(row, name) not in (None, "")
     named = {fields[key] for key in ("id", "problem", "answer")}
     meta = {column: value for column, value in row.items() if column not in named}
     return Problem(
-        id=_text(row, "id", name) if has_id else default_id,
+        id=text_of(row, "id", name) if has_id else default_id,
         problem=texts["problem"],
         answer=texts["answer"].strip(),
         meta=meta | {PASS_RATE: rates} if rates else meta,
     )
 
 
-def _text(row: dict[str, Any], key: str, name: str) -> str:
-    """The text of a column; numbers become text as Python writes them."""
-    value = _lookup(row, name)
+def text_of(row: dict[str, Any], key: str, name: str) -> str:
+    """The text of a column; numbers become text as Python writes them.
+
+    Args:
+      key: of `data.fields`, for errors; name: of the column, dotted where it is a nested one.
+
+    Raises:
+      BadRow: no such column, or nothing in it that is a text or a number.
+    """
+    value = look_up(row, name)
     remedy = f"fill it in, or name another column with data.fields.{key}"
     if value is None and name not in row:
         raise BadRow(f"has no {key}: no {name!r} among {', '.join(row) or 'no columns'}; {remedy}")
@@ -138,7 +145,7 @@ def _text(row: dict[str, Any], key: str, name: str) -> str:
     return str(value)
 
 
-def _lookup(row: dict[str, Any], name: str) -> Any:
+def look_up(row: dict[str, Any], name: str) -> Any:
     """The value of a column, or of a nested one ('a.b', 'a.0'); None where there is none."""
     if name in row:
         return row[name]

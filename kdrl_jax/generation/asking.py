@@ -7,11 +7,14 @@ import functools
 import json
 import math
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdrl_jax.data import Tokenizer, token_pieces
+from kdrl_jax.data.problems import FIELDS, look_up, text_of
+from kdrl_jax.data.schemas import from_chat_row, is_chat_row
 from kdrl_jax.data.sources import BadRow, open_sources
 from kdrl_jax.generation.sampler import Answer, Sampler
 from kdrl_jax.generation.text_stream import PARTIAL
@@ -21,7 +24,7 @@ from kdrl_jax.types import Problem, UserError
 PAGE = 4
 """A file is asked in parts of so many batches: rows appear, and slots are seldom empty."""
 MOST_LISTED = 10
-FIELDS = ("problem", "prompt")
+COLUMNS = ("problem", "prompt")
 
 
 class Said(NamedTuple):
@@ -174,10 +177,16 @@ def write_rows(
                 print(f"{part.stop} of {total} prompts", file=sys.stderr)
 
 
-def read_prompts(path: str) -> list[Problem]:
+def read_prompts(
+    path: str, columns: Sequence[str] = COLUMNS, name: str = FIELDS["id"]
+) -> list[Problem]:
     """The prompts in a file, in order: each line of a .txt, or a column of whatever data may be.
 
-    Of rows the text is in the column `problem` or `prompt`; the other columns are its `meta`.
+    Args:
+      path: a .txt, or what `data.path` of a run may be; see `kdrl_jax.data.sources`.
+      columns: where the text is: in the first of them that a row has. Dotted ones are nested. Rows
+        of verl's form are understood as well if these are among them: COLUMNS.
+      name: the column of ids; rows may lack it. The other columns are the `meta` of the prompt.
 
     Raises:
       UserError: no such file, no prompt in it, or rows without one: a line for each.
@@ -188,7 +197,7 @@ def read_prompts(path: str) -> list[Problem]:
         found = [Problem(f"{file.stem}/{i}", x, "") for i, x in enumerate(lines, 1) if x.strip()]
         wrong: list[str] = []
     else:
-        found, wrong = _read_rows(path)
+        found, wrong = _read_rows(path, columns, name)
     if wrong:
         more = len(wrong) - MOST_LISTED
         last = [f"{path}: {more} more bad rows"] if more > 0 else []
@@ -198,19 +207,31 @@ def read_prompts(path: str) -> list[Problem]:
     return found
 
 
-def _read_rows(path: str) -> tuple[list[Problem], list[str]]:
+def _read_rows(path: str, columns: Sequence[str], name: str) -> tuple[list[Problem], list[str]]:
     found, wrong = [], []
     for source in open_sources(path):
         for number, row in source.rows:
-            where = f"{source.name}:{number}"
-            if isinstance(row, BadRow):
-                wrong.append(f"{where}: {row}")
-                continue
-            texts = [row[key] for key in FIELDS if key in row] if isinstance(row, dict) else []
-            if not texts or not isinstance(texts[0], str) or not texts[0].strip():
-                wrong.append(f"{where}: has no text in 'problem' or 'prompt'; name it so")
-                continue
-            name = str(row["id"]) if "id" in row else f"{source.stem}/{number}"
-            meta = {key: value for key, value in row.items() if key not in ("id", *FIELDS)}
-            found.append(Problem(name, texts[0], "", meta))
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                found.append(_prompt(row, columns, name, f"{source.stem}/{number}"))
+            except BadRow as error:
+                wrong.append(f"{source.name}:{number}: {error}")
     return found, wrong
+
+
+def _prompt(row: Any, columns: Sequence[str], name: str, default_id: str) -> Problem:
+    if not isinstance(row, dict):
+        raise BadRow("is no object; write one JSON object a line")
+    if is_chat_row(row) and set(COLUMNS) <= set(columns):
+        row = from_chat_row(row, Counter())
+    column = next((c for c in columns if c in row or look_up(row, c) is not None), "")
+    if not column:
+        raise BadRow(
+            f"has no text in {' or '.join(map(repr, columns))}; name its column with "
+            "--config.data.fields.problem"
+        )
+    text = text_of(row, "problem", column)
+    has_id = bool(name) and look_up(row, name) not in (None, "")
+    meta = {key: value for key, value in row.items() if key not in (name, column)}
+    return Problem(text_of(row, "id", name) if has_id else default_id, text, "", meta)

@@ -1,9 +1,10 @@
-"""A conversation at a terminal: what has been said goes into each prompt."""
+"""A conversation, at a terminal or from a pipe: what has been said goes into each prompt."""
 
 from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -55,6 +56,18 @@ class History:
             self.messages += [*self._asked, {"role": "assistant", "content": text}]
 
 
+def read_turn(_: str) -> str:
+    """Returns a line of stdin that is no terminal; nothing is printed to ask for it.
+
+    Raises:
+      EOFError: there is none any more.
+    """
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line
+
+
 def converse(
     samplers: Sequence[Sampler],
     style: str,
@@ -69,7 +82,8 @@ def converse(
       read: shows a prompt and returns a line; EOFError ends the conversation.
     """
     histories = [History(sampler, style) for sampler in samplers]
-    say("/help says what there is; Ctrl-C stops an answer")
+    if read is input:
+        say("/help says what there is; Ctrl-C stops an answer")
     turn = 0
     while True:
         try:

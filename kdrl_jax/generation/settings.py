@@ -42,7 +42,7 @@ def limit_problems(values: Mapping[str, Any], option: str = "") -> list[str]:
 
 
 def run_settings(folder: Path, step: int | None) -> dict[str, Any]:
-    """Returns what a run's config has of drawing, with the usual for what it has not.
+    """Returns what a run's config has of drawing and columns, with the usual for what it has not.
 
     Args:
       folder: of a run or a model.
@@ -52,6 +52,7 @@ def run_settings(folder: Path, step: int | None) -> dict[str, Any]:
     own = step is not None and file.is_file()
     config = saved_config(file) if own else load_config(CONFIGS / "base.py")
     found = {key: config.rollout[key] for key in DRAWING} | {"cache_dir": config.cache_dir}
+    found["fields"] = config.data.fields
     return found | (
         {"prompt_style": config.data.prompt_style} if own else {"max_new_tokens": USUAL_TOKENS}
     )
