@@ -8,7 +8,9 @@
 A model is a Hugging Face folder, a run's folder (its newest checkpoint) or RUN/checkpoints/STEP.
 Settings that are not given are those of the run, else --temperature=0.6, no truncation,
 --max_new_tokens=1024 and the tokenizer's chat template, if it has one. Answers are drawn by the
-engine that training uses: an answer depends on seed, prompt, its number and sample alone.
+engine that training uses, by numbers that seed, the prompt's number and the sample name alone. What
+else is drawn at once, --batch, --tensor and the machine change rounding only: a draw within that of
+the boundary between two tokens may take the other one, and the answer goes on from there.
 
 A file is .txt, a prompt a line, or JSONL, JSON or Parquet with a column `problem` or `prompt`. Its
 answers are JSON Lines: id, sample, model, prompt, text, tokens (their count, the end token
