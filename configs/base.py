@@ -152,7 +152,7 @@ def get_config() -> ConfigDict:
     c.rollout.top_k = 0  # 0: off
     c.rollout.min_p = 0.0  # 0: off
     # Requests that decode at once, over all devices; a request that ends leaves its slot to the
-    # next. Changes memory and speed, not results. 0: all of a rollout batch, fewer as they end.
+    # next. Changes memory, speed and rounding alone. 0: all of a rollout batch, fewer as they end.
     c.rollout.slots = 0
     # Problems sampled beyond prompts_per_step: a step begins when as many as that are done, and the
     # others go on in the next one (partial rollouts, arXiv 2501.12599). Their tokens keep

@@ -10,8 +10,9 @@ rollout.max_new_tokens ended. Labels of other models stay, so that a file can be
 model after another. Set it as `data.path` and filter it: `data.filters = ("pass_rate:…",)`.
 
 Attempts are drawn and graded as in training: rollout.*, reward.*, data.* and seed of the config.
-A problem's attempts depend on the seed and its place in the data alone. Running the same command
-again continues where it was interrupted; FILE.jsonl appears when all problems are done.
+A problem's attempts depend on the seed and its place in the data, and on eval.batch, mesh and
+machine by rounding alone. Running the same command again continues where it was interrupted;
+FILE.jsonl appears when all problems are done.
 """
 
 from __future__ import annotations

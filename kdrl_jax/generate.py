@@ -10,7 +10,9 @@ A model is a Hugging Face folder, a run's folder (its newest checkpoint), RUN/ch
 one of the hub, OWNER/NAME[@REVISION], which is downloaded into the hub's cache.
 Settings that are not given are those of the run, else --temperature=0.6, no truncation,
 --max_new_tokens=1024 and the tokenizer's chat template, if it has one. Answers are drawn by the
-engine that training uses: an answer depends on seed, prompt, its number and sample alone.
+engine that training uses, by numbers that seed, the prompt's number and the sample name alone. What
+else is drawn at once, --batch, --tensor and the machine change rounding only: a draw within that of
+the boundary between two tokens may take the other one, and the answer goes on from there.
 
 What comes from a pipe is one prompt, line ends and all; with --chat each line that is not empty is
 a turn of a conversation, answered as soon as it is there, and /reset and /quit do what they do at a

@@ -7,17 +7,17 @@ import json
 import jax
 import numpy as np
 import pytest
+from draws import assert_drawn, recorded
 
 from kdrl_jax import difficulty as entry
 from kdrl_jax.config import ROOT, load_config
-from kdrl_jax.data import SentencePieceTokenizer, apply_filters, load_problems, pad_prompts
+from kdrl_jax.data import SentencePieceTokenizer, apply_filters, load_problems
 from kdrl_jax.models import Decoder, ModelConfig, save_hf
 from kdrl_jax.rewards import last_boxed
-from kdrl_jax.rollout import RolloutEngine, request_keys, sampling_params
+from kdrl_jax.rollout import request_keys
 from kdrl_jax.sharding import make_mesh
-from kdrl_jax.training import evaluation
 from kdrl_jax.training.roles import write_model_files
-from kdrl_jax.types import FINISH_LENGTH, UserError
+from kdrl_jax.types import UserError
 
 SAMPLES, PROBLEMS = 12, 7
 TINY = {
@@ -82,9 +82,17 @@ def test_the_first_prompt_is_shown_before_anything_is_loaded(tiny, tmp_path, mon
 
 
 @pytest.fixture(scope="module")
-def measured(tiny, tmp_path_factory):
+def drawn():
+    """What `measured` drew."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def measured(tiny, drawn, tmp_path_factory):
     output = tmp_path_factory.mktemp("out") / "rated.jsonl"
-    entry.main(command(tiny, output))
+    with recorded() as calls:
+        entry.main(command(tiny, output))
+    drawn.extend(calls)
     return output
 
 
@@ -102,29 +110,34 @@ def test_rows_are_those_of_the_data_with_labels(measured):
     ]
 
 
-def test_counts_are_those_of_each_problem_alone(tiny, measured):
-    """Sampled one problem at a time and graded by comparing strings."""
+def test_counts_are_those_of_each_problems_own_draws(tiny, measured, drawn):
+    """Attempts are those that seed, place and sample name; graded by comparing strings."""
     config = load_config(ROOT / "configs" / "base.py")
     assert config.rollout.top_p == 1.0
     policy = entry.find_policy(tiny / "toy")
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model, params, tokenizer = entry.load_policy(policy, mesh, "float32")
-    engine = RolloutEngine(
-        model, valid_vocab=tokenizer.size, prompt_buckets=(9,), max_new_tokens=10, mesh=mesh
-    )
-    sampling = sampling_params((1, SAMPLES), tokenizer.stop_ids, max_new_tokens=10, temperature=1.0)
-    problems = load_problems(measured)
-    expected = []
+    for call in drawn:
+        assert_drawn(model, call._replace(params=params), tokenizer.size)
+        assert (call.temperature, set(call.limits)) == (1.0, {10})
+        assert call.stops == set(tokenizer.stop_ids)
+    by_key = {tuple(r.key): r for call in drawn for r in call.requests}
+    problems, expected = load_problems(measured), []
     for i, problem in enumerate(problems):
+        keys = jax.random.key_data(request_keys(3, 0, [i], SAMPLES))[0]
+        own = [by_key[tuple(key)] for key in np.asarray(keys)]
         ids = [*tokenizer.start_ids, *tokenizer.encode(problem.problem)]
-        prompts = pad_prompts([ids], (9,), tokenizer.pad_id)
-        rollouts = engine.generate(params, prompts, request_keys(3, 0, [i], SAMPLES), sampling)
-        texts = evaluation.completion_texts(rollouts, tokenizer)
+        assert all(r.prompt == ids for r in own)
+        whole = [r.tokens[-1] in tokenizer.stop_ids for r in own]
+        texts = [
+            tokenizer.decode(r.tokens[:-1] if ends else r.tokens)
+            for r, ends in zip(own, whole, strict=True)
+        ]
         expected.append(
             {
                 "passed": sum((last_boxed(t) or "").strip(" .") == problem.answer for t in texts),
                 "samples": SAMPLES,
-                "cut": int((np.asarray(rollouts.finish_reason) == FINISH_LENGTH).sum()),
+                "cut": whole.count(False),
             }
         )
     assert [p.meta["pass_counts"]["toy"] for p in problems] == expected

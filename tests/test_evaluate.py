@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import Call, assert_drawn, recorded
 
 from kdrl_jax import evaluate as entry
 from kdrl_jax.config import ROOT, load_config, to_json
@@ -238,9 +239,17 @@ def command(tiny: Path, output: Path, *more: str, **changes) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tiny, tmp_path_factory) -> Path:
+def drawn() -> list[Call]:
+    """What `evaluated` drew."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def evaluated(tiny, drawn, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("evaluated")
-    entry.main(command(tiny, output))
+    with recorded() as calls:
+        entry.main(command(tiny, output))
+    drawn.extend(calls)
     return output
 
 
@@ -260,15 +269,31 @@ def test_the_command_writes_responses_results_and_table(evaluated):
     assert "and 1 more" not in table
 
 
-def test_a_run_gives_what_its_export_gives(tiny, evaluated, tmp_path):
-    """From an Orbax checkpoint, with the run's own config, and one benchmark at a time."""
+def test_a_run_gives_what_its_export_gives(tiny, evaluated, drawn, tmp_path):
+    """From an Orbax checkpoint, with the run's own config, and one benchmark at a time.
+
+    With fewer samples at once: every response is where its key has it, for both.
+    """
     arguments = [f"--checkpoint={tiny / 'run'}", f"--data_dir={tiny / 'data'}"]
     changes = [f"--config.cache_dir={tmp_path}", "--benchmarks=aime24", "--limit=2", "--samples=3"]
-    entry.main([*arguments, *changes, f"--output={tmp_path}", f"--compare={evaluated}"])
+    with recorded() as calls:
+        entry.main([*arguments, *changes, f"--output={tmp_path}", f"--compare={evaluated}"])
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model, params, tokenizer = load_policy(tiny / "hf", mesh, "float32")
+    for call in [*drawn, *calls]:
+        assert_drawn(model, call._replace(params=params), tokenizer.size)
     ours = [json.loads(line) for line in (tmp_path / "aime24.jsonl").open(encoding="utf-8")]
     theirs = [json.loads(line) for line in (evaluated / "aime24.jsonl").open(encoding="utf-8")]
     assert len(ours) == 6
-    assert all(row in theirs for row in ours)
+    for rows, some in ((ours, calls), (theirs, drawn[-2:])):  # eval.batch=2 of three problems
+        by_key = {tuple(r.key): r for call in some for r in call.requests}
+        for row in rows:
+            number, sample = int(row["id"].split("/")[1]), row["sample"]
+            (keys,) = jax.random.key_data(request_keys(0, 0, [number], 16))
+            request = by_key[tuple(np.asarray(keys[sample]))]
+            assert row["length"] == len(request.tokens)
+            text = [t for t in request.tokens if t not in tokenizer.stop_ids]
+            assert row["response"] == tokenizer.decode(text)
     table = (tmp_path / "results.md").read_text(encoding="utf-8")
     assert "run (step 3)**" in table
     assert "hf**" in table

@@ -22,6 +22,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import sentencepiece
+from commands import HANG_S, xla_flags
+from draws import ROUNDING, Call, assert_drawn, assert_same_requests, recorded
 from local_server import NumpyDecoder, log_softmax
 from rich.console import Console
 from tokenizer_cases import write_hf
@@ -30,12 +32,13 @@ from kdrl_jax import generate
 from kdrl_jax.cli import run_entry
 from kdrl_jax.data import SentencePieceTokenizer, encode_prompt, load_tokenizer
 from kdrl_jax.evaluation.model import find_policy, load_policy
-from kdrl_jax.generation.asking import read_prompts
+from kdrl_jax.generation.asking import Said, ask, read_prompts
 from kdrl_jax.generation.conversation import converse
 from kdrl_jax.generation.sampler import LIVE_CHUNK, Sampler, Settings, buckets
 from kdrl_jax.generation.screen import Screen
 from kdrl_jax.generation.show import Columns, CompileNotice
 from kdrl_jax.generation.text_stream import CONTEXT, PARTIAL, TextStream
+from kdrl_jax.rollout import request_keys
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.roles import write_model_files
 from kdrl_jax.training.run_weights import save_params
@@ -104,34 +107,45 @@ def rows(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
+def drawn_as_asked(folder: Path, *calls: Call) -> None:
+    """What was `recorded` of one prompt or more, and of a model, against its full forward pass."""
+    model, params, tokenizer = load_policy(folder, one_device(), "float32")
+    for call in calls:
+        assert_drawn(model, call._replace(params=params), tokenizer.size)
+
+
+def text_of(folder: Path, tokens: list[int]) -> str:
+    tokenizer = load_tokenizer(folder)
+    return tokenizer.decode([t for t in tokens if t not in tokenizer.stop_ids])
+
+
 # --- against other implementations ---------------------------------------------------------------
 
 
-def greedy(next_logits, prompt: list[int], known: int, stops, most: int = LENGTH):
-    """Tokens and log-probs of always taking the likeliest."""
-    ids, found = list(prompt), []
-    while len(found) < most and not (found and found[-1][0] in stops):
-        scores = log_softmax(next_logits(ids)[:known])
-        found.append((int(scores.argmax()), float(scores.max())))
-        ids.append(found[-1][0])
-    return found
-
-
-def asked_greedily(model: Path, capsys, **options) -> tuple[list[int], list[float]]:
+def asked_greedily(model: Path, capsys, **options) -> list[dict]:
     command(model, "--json", "--logprobs", prompt=QUESTION, temperature=0, **options)
     (row,) = rows(capsys.readouterr().out)
     assert row["tokens"] == len(row["log_probs"])
-    return [t["id"] for t in row["log_probs"]], [t["log_prob"] for t in row["log_probs"]]
+    return row["log_probs"]
+
+
+def assert_likeliest(found: list[dict], next_logits, tokenizer, most: int = LENGTH) -> None:
+    """Each token has the largest logit but for rounding, and its log-prob; an end token ends."""
+    ids = encode_prompt(Problem("", QUESTION, ""), tokenizer, "chat")
+    for token in found:
+        logits = next_logits(ids)[: tokenizer.size]
+        assert logits[token["id"]] >= logits.max() - ROUNDING
+        assert token["log_prob"] == pytest.approx(log_softmax(logits)[token["id"]], abs=1e-4)
+        ids.append(token["id"])
+    ends = [token["id"] in tokenizer.stop_ids for token in found]
+    assert not any(ends[:-1])
+    assert ends[-1] or len(found) == most
 
 
 def test_greedy_answers_are_those_of_numpy(models, capsys):
     folder = models / "student"
-    tokenizer = load_tokenizer(folder)
-    prompt = encode_prompt(Problem("", QUESTION, ""), tokenizer, "chat")
-    oracle = greedy(NumpyDecoder(folder).logits, prompt, tokenizer.size, tokenizer.stop_ids)
-    tokens, log_probs = asked_greedily(folder, capsys)
-    assert tokens == [token for token, _ in oracle]
-    np.testing.assert_allclose(log_probs, [x for _, x in oracle], atol=1e-4)
+    found = asked_greedily(folder, capsys)
+    assert_likeliest(found, NumpyDecoder(folder).logits, load_tokenizer(folder))
 
 
 @pytest.mark.parity
@@ -141,18 +155,13 @@ def test_greedy_answers_are_those_of_transformers(models, capsys):
     import transformers
 
     folder = Path(os.environ.get("KDRL_SMOLLM2") or models / "student")
-    tokenizer = load_tokenizer(folder)
-    prompt = encode_prompt(Problem("", QUESTION, ""), tokenizer, "chat")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     def logits(ids):
         with torch.no_grad():
             return theirs(input_ids=torch.tensor([ids])).logits[0, -1].double().numpy()
 
-    oracle = greedy(logits, prompt, tokenizer.size, tokenizer.stop_ids)
-    tokens, log_probs = asked_greedily(folder, capsys)
-    assert tokens == [token for token, _ in oracle]
-    np.testing.assert_allclose(log_probs, [x for _, x in oracle], atol=1e-4)
+    assert_likeliest(asked_greedily(folder, capsys), logits, load_tokenizer(folder))
 
 
 # --- text as it comes ----------------------------------------------------------------------------
@@ -204,25 +213,32 @@ def test_bytes_of_no_character_are_shown_in_the_end(models):
     assert stream.flush() == PARTIAL
 
 
-def test_what_is_streamed_is_what_is_drawn(models):
-    """Few tokens at a time or all at once: the same tokens, log-probs and text."""
+@pytest.mark.parametrize("live", [True, False])
+def test_what_is_streamed_is_what_is_drawn(models, live):
+    """Few tokens at a time or all at once: drawn by the same keys; the text is of what is drawn."""
     samples = 3
-    whole = sampler(models / "student", live=False, samples=samples)
-    prompts = [encode_prompt(Problem("", t, ""), whole.tokenizer, "chat") for t in ("a", QUESTION)]
-    live = sampler(models / "student", samples=samples)
+    one = sampler(models / "student", live=live, samples=samples)
+    prompts = [encode_prompt(Problem("", t, ""), one.tokenizer, "chat") for t in ("a", QUESTION)]
     texts: dict[int, list[str]] = {}
 
     def hear(request: int, text: str) -> None:
         texts.setdefault(request, []).append(text)
 
-    drawn, out = live.answer(prompts, [4, 7], turn=2, on_text=hear)
-    expected, other = whole.answer(prompts, [4, 7], turn=2)
-    np.testing.assert_array_equal(out.tokens, other.tokens)
-    np.testing.assert_array_equal(out.finish_reason, other.finish_reason)
-    np.testing.assert_allclose(out.log_probs, other.log_probs, atol=1e-5)
-    assert ["".join(texts[i]) for i in range(2 * samples)] == [a.text for a in expected]
-    assert [a.text for a in drawn] == [a.text for a in expected]
-    assert max(len(pieces) for pieces in texts.values()) >= LENGTH // LIVE_CHUNK
+    with recorded() as calls:
+        answers, out = one.answer(prompts, [4, 7], turn=2, on_text=hear if live else None)
+    drawn_as_asked(models / "student", *calls)
+    (call,) = calls
+    keys = jax.random.key_data(request_keys(0, 2, [4, 7], samples)).reshape(-1, 2)
+    np.testing.assert_array_equal([r.key for r in call.requests], keys)
+    assert [r.prompt for r in call.requests] == [p for p in prompts for _ in range(samples)]
+    for i, (answer, request) in enumerate(zip(answers, call.requests, strict=True)):
+        assert (answer.tokens, answer.log_probs) == (request.tokens, request.log_probs)
+        assert answer.text == text_of(models / "student", answer.tokens)
+        assert (answer.number, answer.sample) == divmod(i, samples)
+        if live:
+            assert "".join(texts[i]) == answer.text
+    if live:
+        assert max(map(len, texts.values())) >= max(out.lengths.ravel()) // LIVE_CHUNK
 
 
 def test_the_window_limits_an_answer(models):
@@ -243,18 +259,24 @@ def test_the_window_limits_an_answer(models):
 
 
 def test_one_answer(models, capsys):
-    command(models / "student", prompt=QUESTION)
-    streamed = capsys.readouterr()
-    command(models / "student", "--json", prompt=QUESTION)
-    (row,) = rows(capsys.readouterr().out)
-    assert streamed.out == row["text"] + "\n"
+    with recorded() as calls:
+        command(models / "student", prompt=QUESTION)
+        streamed = capsys.readouterr()
+        command(models / "student", "--json", prompt=QUESTION)
+        (row,) = rows(capsys.readouterr().out)
+    live, whole = calls
+    assert_same_requests(live.requests, whole.requests)
+    drawn_as_asked(models / "student", *calls)
+    assert streamed.out == text_of(models / "student", live.requests[0].tokens) + "\n"
+    assert row["text"] == text_of(models / "student", whole.requests[0].tokens)
     assert "compiling…" in streamed.err
     assert "/student: float32, 1 x cpu" in streamed.err
     assert row["finish_reason"] in ("stop", "length")
     assert row["model"] == "student"
-    if row["finish_reason"] == "length":
-        assert f"(student: cut by the limit after {LENGTH} tokens)" in streamed.err
-        assert row["tokens"] == LENGTH
+    cut = f"(student: cut by the limit after {LENGTH} tokens)" in streamed.err
+    stops = load_tokenizer(models / "student").stop_ids
+    assert cut == (live.requests[0].tokens[-1] not in stops)
+    assert row["tokens"] == len(whole.requests[0].tokens)
 
 
 def test_a_runs_folder_with_the_runs_settings(models, capsys):
@@ -267,21 +289,29 @@ def test_a_runs_folder_with_the_runs_settings(models, capsys):
 
 
 def test_a_file_of_prompts(models, tmp_path, capsys):
-    """In order, each with its samples; the same answers whatever is drawn at once."""
+    """In order, each with its samples; by the same keys whatever is drawn at once."""
     lines = [{"id": f"q{i}", "problem": f"What is {i}+1?", "answer": "x"} for i in range(7)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "in.txt").write_text("\n\n".join(line["problem"] for line in lines) + "\n")
     options = {"samples": 2, "seed": 3}
-    command(models / "student", file="in.jsonl", batch=2, **options)
+    with recorded() as calls:
+        command(models / "student", file="in.jsonl", batch=2, **options)
     said = capsys.readouterr()
     found = rows(said.out)
     order = [(f"q{i}", g) for i in range(7) for g in (0, 1)]
     assert [(r["id"], r["sample"]) for r in found] == order
     assert "4 of 7 prompts" in said.err
-    command(models / "student", file="in.txt", output="sub/out.jsonl", **options)
+    with recorded() as others:
+        command(models / "student", file="in.txt", output="sub/out.jsonl", **options)
     assert capsys.readouterr().out == ""
     again = rows((tmp_path / "sub" / "out.jsonl").read_text())
-    assert [r["text"] for r in again] == [r["text"] for r in found]
+    drawn_as_asked(models / "student", *calls, *others)
+    few, many = ([r for call in some for r in call.requests][:14] for some in (calls, others))
+    assert (len(calls), len(others)) == (2, 1)
+    assert_same_requests(few, many)
+    for answers, drawn in ((found, few), (again, many)):
+        texts = [text_of(models / "student", r.tokens) for r in drawn]
+        assert [r["text"] for r in answers] == texts
     assert [r["id"] for r in again[::2]] == [f"in/{i}" for i in range(1, 15, 2)]
     assert {*found[0]} == {
         *("id", "sample", "model", "prompt", "text", "tokens", "finish_reason"),
@@ -289,7 +319,7 @@ def test_a_file_of_prompts(models, tmp_path, capsys):
     assert len({r["text"] for r in found}) > 7, "samples differ"
 
 
-def test_beside_another_model_with_log_probs(models, capsys):
+def test_beside_another_model_with_log_probs(models, capsys, monkeypatch):
     """Each model's tokens are scored by the other as that one would have scored its own."""
     where = {"prompt": QUESTION, "beside": models / "teacher", "temperature": 0.7}
     command(models / "student", "--json", "--logprobs", **where)
@@ -305,11 +335,22 @@ def test_beside_another_model_with_log_probs(models, capsys):
             ratio = token["log_prob"] - token["beside_log_prob"]
             assert token["log_ratio"] == pytest.approx(ratio)
             ids.append(token["id"])
-    command(models / "student", "--logprobs", **where)
+    answered: list[Said] = []
+
+    def spy(*args, **options):
+        answered.extend(ask(*args, **options))
+        return answered
+
+    monkeypatch.setattr("kdrl_jax.generation.screen.ask", spy)
+    with recorded() as calls:
+        command(models / "student", "--logprobs", **where)
     shown = capsys.readouterr().out
-    assert shown.startswith(f"--- student\n{by_student['text']}\n--- teacher\n{by_teacher['text']}")
+    for name, call in zip(("student", "teacher"), calls, strict=True):
+        drawn_as_asked(models / name, call)
+    texts = [text_of(models / "student", call.requests[0].tokens) for call in calls]
+    assert shown.startswith(f"--- student\n{texts[0]}\n--- teacher\n{texts[1]}")
     assert "½ℓ²" in shown
-    one = by_student["log_probs"][0]
+    one = answered[0].tokens[0]
     assert f"{one['log_prob']:.3f}" in shown
     assert f"{one['log_ratio']:+.3f}" in shown
 
@@ -322,10 +363,13 @@ def test_the_same_model_beside_itself_differs_by_rounding(models, capsys):
 
 
 def test_devices_may_share_the_layers(models, capsys):
-    for tensor in (1, 2):
-        command(models / "student", "--json", prompt=QUESTION, temperature=0, tensor=tensor)
-    one, two = rows(capsys.readouterr().out)
-    assert one == two
+    with recorded() as calls:
+        for tensor in (1, 2):
+            command(models / "student", "--json", prompt=QUESTION, temperature=0, tensor=tensor)
+    for row, call in zip(rows(capsys.readouterr().out), calls, strict=True):
+        drawn_as_asked(models / "student", call)
+        assert row["text"] == text_of(models / "student", call.requests[0].tokens)
+    assert calls[1].params["final_norm"]["scale"].sharding.num_devices == 2
 
 
 def test_everything_wrong_is_said_at_once(models, tmp_path, capsys):
@@ -633,7 +677,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(student, monkeypatch, capsy
 def test_a_real_terminal(models, tmp_path):
     """The program itself, at a pseudo-terminal: a question, Ctrl-C, an answer, and leaving."""
     master, slave = pty.openpty()
-    env = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "80", "XLA_FLAGS": ""}
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm",
+        "COLUMNS": "80",
+        "XLA_FLAGS": xla_flags(),
+    }
     argv = [sys.executable, "-m", "kdrl_jax.generate", f"--model={models / 'student'}"]
     argv += ["--max_new_tokens=12", "--prompt_style=chat"]
     files = {"stdin": slave, "stdout": slave, "stderr": slave}
@@ -644,9 +693,9 @@ def test_a_real_terminal(models, tmp_path):
     def until(text: str, times: int, signals: int = 0) -> None:
         """Read on; a signal is sent again, for one just before the wait is not heard in it."""
         nonlocal seen
-        deadline = time.monotonic() + 240
+        end = time.monotonic() + HANG_S
         while seen.count(text) < times:
-            assert time.monotonic() < deadline, seen
+            assert time.monotonic() < end, f"waited for {text!r}; seen so far: {seen}"
             if signals:
                 process.send_signal(signals)
             if select.select([master], [], [], 5.0)[0]:
@@ -659,7 +708,7 @@ def test_a_real_terminal(models, tmp_path):
         assert "compiling…" in seen
         until("/quit or Ctrl-D leaves", 1, signal.SIGINT)  # while it waits for a line
         os.write(master, b"/quit\n")
-        assert process.wait(timeout=240) == 0
+        assert process.wait(timeout=HANG_S) == 0
     finally:
         process.kill()
         process.wait()

@@ -22,7 +22,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from commands import HANG_S, wait_until
+from draws import assert_drawn, recorded
 from orbax.checkpoint._src.path import atomicity
+from run_draws import ALL, steps_in_common
 
 from kdrl_jax import convert, report, train
 from kdrl_jax.cli import run_entry
@@ -405,17 +407,39 @@ def test_a_damaged_warm_up_is_made_again(whole, cache, tmp_path, capsys):
 # --- other ways to continue -----------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """Four steps of which every sample is kept."""
+    folder = tmp_path_factory.mktemp("watched")
+    with jax.numpy_rank_promotion("raise"):
+        run(folder / "run", folder, steps=4, **ALL)
+    return folder / "run"
+
+
 @pytest.mark.parametrize("layout", ["split", "apart"])
-def test_continuing_on_another_mesh(layout, whole, cache, tmp_path):
-    """Another layout, or devices of their own for student, rollouts and teacher."""
-    run(tmp_path / "run", cache, steps=2)
+def test_continuing_on_another_mesh(layout, watched, tmp_path):
+    """Another layout, or devices of their own for student, rollouts and teacher.
+
+    The same run up to the first draw within rounding of a boundary, if there is one.
+    """
+    cache = watched.parent
+    run(tmp_path / "run", cache, steps=2, **ALL)
     split = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.tensor": 2, "micro_batch": 4}
     split |= {"teacher_mesh.data": 1, "teacher_mesh.fsdp": 4}
     apart = {"mesh.devices": "0:4", "mesh.fsdp": 2, "mesh.context": 2, "micro_batch": 4}
     apart |= {"rollout_mesh.devices": "4:6", "rollout_mesh.fsdp": 1}
     apart |= {"teacher_mesh.devices": "6:8", "teacher_mesh.context": 1}
-    found = run(tmp_path / "run", cache, steps=4, **(split if layout == "split" else apart))
-    for row, wanted in zip(found, rows(whole), strict=False):
+    changes = split if layout == "split" else apart
+    with recorded() as calls:
+        found = run(tmp_path / "run", cache, steps=4, **ALL, **changes)
+    model = train.Decoder(load_config(tmp_path / "run" / "model"))
+    size = load_tokenizer(tmp_path / "run" / "model").size
+    assert len(calls) > 2  # with evaluations
+    for call in calls:
+        assert_drawn(model, call, size)
+    steps = steps_in_common(tmp_path / "run", watched)
+    assert steps >= 2, "the same devices drew otherwise"
+    for row, wanted in list(zip(found, rows(watched), strict=True))[: steps + 1]:
         # Either run also evaluates after what was its last step.
         shared = row.keys() & wanted.keys()
         assert all(name.startswith("eval/") for name in row.keys() ^ wanted.keys())

@@ -36,14 +36,16 @@ def ask(
 
     The longest prompts are asked first, so that batches waste little padding and a lack of memory
     shows at once. Each batch is appended to `path` when it has been graded. What is there already
-    counts up to its last whole batch; a response depends on its own question, sample and the seed
-    alone, so an interrupted run ends with the rows of an uninterrupted one.
+    counts up to its last whole batch, and batches go on as they would have: an interrupted run ends
+    with the rows of an uninterrupted one. A response depends on its own question, sample and the
+    seed, and on the others of its batch by rounding alone, see `RolloutEngine`.
 
     Args:
       path: JSON Lines with id, sample, problem, answer, response, extracted, outcome, reward,
         length (tokens), finish_reason ("stop" or "length") and repeats.
       samples: of each question.
-      batch: questions asked at once; may change between a run and its continuation.
+      batch: questions asked at once; may change between a run and its continuation, and with it
+        rounding.
 
     Raises:
       UserError: `path` holds responses to other questions.

@@ -33,7 +33,9 @@ class RolloutEngine:
     """A sampler with continuous batching; a few programs for each shape it meets.
 
     The tokens of a request depend on its prompt, its key and the weights, not on the slots, the
-    mesh or what else is decoded (but for rounding, which these can change).
+    mesh or what else is decoded, but for rounding, which these can change: then a draw that lies
+    within rounding of the boundary between two tokens takes the other one, and the request goes on
+    from there. The same call on the same devices is the same to the bit.
 
     Args:
       model: the policy, see `kdrl_jax.models.Decoder`.
@@ -42,7 +44,7 @@ class RolloutEngine:
       max_new_tokens: T, the completion slots; the end token takes one.
       slots: requests that are decoded at once; 0: all that are asked for.
       chunk: tokens that a slot draws at most between two looks of the host; 0: as is fastest. Few
-        where somebody watches (`on_drawn`); the tokens are the same.
+        where somebody watches (`on_drawn`); the tokens are the same but for rounding.
       mesh: where rollouts are drawn; its `context` is 1. Default: the first device.
 
     Attributes:
@@ -110,7 +112,7 @@ class RolloutEngine:
           on_drawn: called with what every running request has drawn, a chunk at a time, likewise.
             What it raises ends the call, and the engine is as good as new.
           begun: partial rollouts of the same prompts and keys: what is UNFINISHED goes on from
-            where it is, with the tokens it would have had; the rest stays.
+            where it is, with the tokens it would have had but for rounding; the rest stays.
           enough: stop when so many problems have all their completions, and leave the others
             UNFINISHED; 0: all of them.
 

@@ -45,8 +45,8 @@ def request_keys(
 ) -> Key[Array, "P G"]:
     """A key for each request, `[P, G]`, from (seed, step, problem, sample) alone.
 
-    What a request draws thus depends on no other request. The same problem twice in one step
-    draws the same samples.
+    What a request draws thus depends on no other request, but for rounding. The same problem twice
+    in one step draws the same samples.
 
     Args:
       step: of training; any other number that is to give fresh draws. One, or one per problem.

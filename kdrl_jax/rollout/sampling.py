@@ -1,9 +1,10 @@
 """One token per request from its logits: truncation, sampling and the untruncated log-prob.
 
-Every request draws by its own key, so a token depends on the request and its position alone, not on
-the batch, the mesh or the schedule around it. Truncation finds its threshold by bisection over the
-probabilities themselves, so nothing is sorted; a settings value that switches a rule off also skips
-its work, at run time.
+Every request draws by its own key, so a token depends on the request and its position, and on the
+batch, the mesh and the schedule around it by rounding alone: sums of another shape round otherwise,
+which tells where a uniform number is within rounding of the boundary between two tokens. Truncation
+finds its threshold by bisection over the probabilities themselves, so nothing is sorted; a settings
+value that switches a rule off also skips its work, at run time.
 """
 
 from __future__ import annotations

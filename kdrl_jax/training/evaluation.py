@@ -96,8 +96,8 @@ def respond(
     Args:
       prompts: at most P, where `sampling` is for [P, G] requests. Fewer are filled up with
         repeats, which are not returned, so that the last batch needs no program of its own.
-      numbers: of the problems. What is drawn depends on (seed, number, sample) alone: neither on
-        the batch nor on the training step, so two evaluations differ by the policy.
+      numbers: of the problems. What is drawn depends on (seed, number, sample), not on the training
+        step, and on the batch by rounding alone: two evaluations differ by the policy.
       progress: see `Engine.generate`; it counts the repeats as well.
     """
     batch, samples = sampling.max_new_tokens.shape
