@@ -1,5 +1,6 @@
 """Models by name: what is fetched from a hub, from which commit, and every way it can fail."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -13,10 +14,14 @@ import numpy as np
 import pytest
 from local_hub import LocalHub, tiny_model
 
+from kdrl_jax.config import load_config
 from kdrl_jax.evaluation.model import find_policy
 from kdrl_jax.models import hub as hub_module
 from kdrl_jax.models.hub import Hub, hub_model_of, parse_hub_name
 from kdrl_jax.models.hub_files import HubName
+from kdrl_jax.planning.machines import parse_topology
+from kdrl_jax.planning.run_plan import make_run_plan
+from kdrl_jax.training.adapters import Base
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.locate import fetch_models, find_model
 from kdrl_jax.types import UserError
@@ -397,3 +402,34 @@ def test_convert_and_generate_take_names(hub, tmp_path, capsys):
     assert [row["model"] for row in rows] == ["Sharded", "run"]
     ours, theirs = ([token["log_prob"] for token in row["log_probs"]] for row in rows)
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_adapters_know_their_base_by_its_name(hub, tmp_path):
+    """A run that trains adapters is read on another machine, whose cache lacks the base."""
+    [model], _ = fetch("Qwen/Small")
+    base = Base.of(model.folder)
+    assert base.hub == str(model)
+    assert base.found() == base
+    elsewhere = dataclasses.replace(base, folder=tmp_path / "another_cache" / "gone")
+    shutil.rmtree(Hub().cache)
+    found = elsewhere.found()
+    assert found.folder == model.folder
+    found.require(tmp_path / "base.json")  # the content is that of `base`
+    assert Base.of(tmp_path / "cache").hub == ""  # no model of the hub
+
+
+def test_a_plan_reads_the_config_of_the_hub_and_else_the_shape(hub, monkeypatch, tmp_path):
+    lines = []
+    config = load_config("configs/stage2.py", {"student.path": "Qwen/Small"})
+    machine = parse_topology("h100:8")
+    plan = make_run_plan(config, machine, (), report=lines.append)
+    # The student's is known, the teacher's is not there.
+    assert [line.split(": ")[0] for line in lines] == ["teacher.path"]
+    assert lines[0].endswith("planned with teacher.shape")
+    assert not hub.asked("*.safetensors")
+    small = load_config("configs/stage2.py", {"student.path": "Qwen/None"})
+    larger = make_run_plan(small, machine, (), report=lambda line: None)
+    assert plan.estimate.need("update") < larger.estimate.need("update")
+    own = load_config("configs/base.py", {"student.path": "Qwen/None", "objective": "grpo"})
+    with pytest.raises(UserError, match=r"student\.path: Qwen/None: there is no folder"):
+        make_run_plan(own, machine, (), report=lambda line: None)
