@@ -53,7 +53,9 @@ def test_shipped_configs_have_every_key_and_sane_values(name: str, tmp_path: Pat
     file.write_text("{}\n")
     given = []  # what its docstring asks the user to give
     if not config.data.task:
-        given = [f"data.path={file}", f"data.eval_path={file}"]
+        given = [f"data.path={file}"]
+        if not config.data.eval_fraction:
+            given.append(f"data.eval_path={file}")
     if not config.data.task or get_task(config.data.task).alphabet is None:
         given += [f"student.path={folder}", f"teacher.path={folder}"]
     config = apply_overrides(config, given)
@@ -317,6 +319,14 @@ def test_all_bad_overrides_are_named_at_once() -> None:
         (["reward.overlong_buffer=30000"], ["reward.overlong_buffer: 30000 exceeds"]),
         (["data.task=arithmatic"], ["data.task", "arithmatic", "arithmetic"]),
         (["data.task_args={1"], ["data.task_args"]),
+        (["data.eval_fraction=1"], ["data.eval_fraction: 1.0 must be at least 0 and below 1"]),
+        (["data.eval_fraction=-0.1"], ["data.eval_fraction: -0.1 must be at least 0"]),
+        (["data.eval_fraction=0.1"], ["but data.task='arithmetic' has a test split of its own"]),
+        (
+            ["data.eval_fraction=0.1", "data.task=", "data.path=a", "data.eval_path=b"],
+            ["data.eval_fraction: 0.1, but data.eval_path='b' has held-out problems; set one of"],
+        ),
+        (["data.task=", "data.path=a"], ["data.eval_path: empty", "data.eval_fraction=0.1"]),
     ],
 )
 def test_impossible_values_are_named(overrides: list[str], said: list[str]) -> None:

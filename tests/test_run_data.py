@@ -97,3 +97,25 @@ def test_too_little_is_refused(tmp_path, tokenizer):
     ):
         with pytest.raises(UserError, match=message):
             read_run_data(config(data__path=path, eval__every=0, **keys), tokenizer, Display())
+
+
+def test_a_share_of_the_data_is_held_out(tmp_path, tokenizer, capsys):
+    """Before the filters, which are for training alone; said and reported."""
+    rows = [{"problem": f"{i}+1=", "answer": str(i + 1)} for i in range(20)]
+    path = write(tmp_path / "rows.jsonl", [*rows, rows[3]])
+    keys = {"data__path": path, "data__eval_fraction": 0.2, "eval__problems": 100}
+    data = read_run_data(config(**keys, data__filters="limit:n=5"), tokenizer, Display())
+    held_out = {p.problem for p, _ in data.held_out}
+    assert len(held_out) == 4
+    assert len(data.training) == 5
+    assert not held_out & {p.problem for p, _ in data.training}
+    again = int(rows[3]["problem"] in held_out)
+    assert f"{path}: 4 of 21 problems held out for evaluation" in capsys.readouterr().out
+    report = json.loads(json.dumps(data.report))
+    assert report["held-out"]["kept"] == 4
+    assert report["held-out"]["repeated"] == again
+    assert report["training"]["kept"] == 21
+    assert report["filters"]["start"] == 17 - again
+    without = read_run_data(config(**keys, eval__every=0), tokenizer, Display())
+    assert without.held_out == []
+    assert not held_out & {p.problem for p, _ in without.training}
