@@ -520,7 +520,7 @@ def test_what_does_not_go_with_chat(models, monkeypatch, more, message):
 
 def test_a_real_pipe_is_answered_turn_by_turn(models, tmp_path):
     """The program itself: the first answer comes while the pipe is open, before the next turn."""
-    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": xla_flags()}
     argv = [sys.executable, "-m", "kdrl_jax.generate", f"--model={models / 'student'}", "--chat"]
     argv += ["--max_new_tokens=4", "--prompt_style=chat", "--temperature=0"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -531,7 +531,7 @@ def test_a_real_pipe_is_answered_turn_by_turn(models, tmp_path):
         first = process.stdout.readline()
         assert first.endswith(b"\n")
         assert process.poll() is None
-        rest, errors = process.communicate(b"/reset\nHi\n", timeout=600)
+        rest, errors = process.communicate(b"/reset\nHi\n", timeout=HANG_S)
     finally:
         process.kill()
         process.wait()
