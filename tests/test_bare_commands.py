@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import HANG_S, xla_flags
 from local_hub import LocalHub
 
 pytest.importorskip("datasets", reason="the extra `data` is not installed")
@@ -37,7 +38,6 @@ COMMANDS = {
     "rlad:math": (),
     "smollm2_math": ("teacher.sft.steps=1", "teacher.sft.batch_size=2", "teacher.sft.problems=4"),
 }
-DEADLINE_S = 3000  # a guard against hanging
 SEVERAL = """
 import json, sys, traceback
 from kdrl_jax import train
@@ -59,7 +59,7 @@ def arguments(name: str) -> list[str]:
 
 def environment(hub: LocalHub, cache: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if key != "HF_HUB_OFFLINE"}
-    flags = {"XLA_FLAGS": "", "PYTHONPATH": str(ROOT)}
+    flags = {"XLA_FLAGS": xla_flags(1), "PYTHONPATH": str(ROOT)}
     return kept | hub.environment(cache) | flags
 
 
@@ -81,7 +81,7 @@ def ran(hub, tmp_path_factory):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=DEADLINE_S,
+        timeout=HANG_S,
     )
     printed: list[list[str]] = [[]]
     for line in done.stdout.splitlines():
@@ -141,7 +141,7 @@ def test_stage2_from_the_hub_then_offline(hub, tmp_path):
     command = [sys.executable, "-m", "kdrl_jax.train", *arguments("stage2")]
     env = environment(hub, tmp_path / "cache")
     begun = subprocess.run(
-        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=DEADLINE_S
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=HANG_S
     )
     assert begun.returncode == 0, begun.stderr
     assert f"student.path: {sources.DEEPSCALER_1_5B}, of 'runs/stage1 or" in begun.stdout
@@ -151,7 +151,7 @@ def test_stage2_from_the_hub_then_offline(hub, tmp_path):
     # Nothing listens there: whoever asks is refused.
     alone = env | {"HF_ENDPOINT": "http://127.0.0.1:9"}
     again = subprocess.run(
-        more, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=DEADLINE_S
+        more, cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=HANG_S
     )
     assert again.returncode == 0, again.stderr
     assert "continuing after step 2 of 3" in again.stdout
@@ -171,7 +171,7 @@ def test_stage2_without_a_network(tmp_path):
         env=env,
         capture_output=True,
         text=True,
-        timeout=DEADLINE_S,
+        timeout=HANG_S,
     )
     assert done.returncode == 2
     assert "Traceback" not in done.stderr

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import HANG_S
 from local_hub import LocalHub, tiny_model
 
 from kdrl_jax.config import load_config
@@ -29,7 +30,6 @@ from kdrl_jax.types import UserError
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "hf_thisisasecrettoken"
 GIVEN = {"pytorch_model.bin": b"x" * 99, "modeling_own.py": b"raise SystemExit", "README.md": b"#"}
-DEADLINE_S = 600  # a guard against hanging
 
 
 @pytest.fixture(scope="module")
@@ -347,7 +347,7 @@ def start(hub, cache, name):
 def test_two_processes_of_a_host_download_once(hub, tmp_path, folders):
     hub.slow("*.safetensors", delay_s=1.0)
     both = [start(hub, tmp_path / "cache", "Qwen/Sharded") for _ in range(2)]
-    printed = [process.communicate(timeout=DEADLINE_S) for process in both]
+    printed = [process.communicate(timeout=HANG_S) for process in both]
     assert [process.returncode for process in both] == [0, 0], printed
     assert len(hub.asked("*.safetensors", "GET")) == 2  # each of the two files once
     assert len({out.splitlines()[-1] for out, _ in printed}) == 1
@@ -359,7 +359,7 @@ def test_a_download_that_was_killed_goes_on(hub, tmp_path, folders):
     hub.slow(f"*/{second}", delay_s=60.0)
     killed = start(hub, tmp_path / "cache", "Qwen/Sharded")
     root = tmp_path / "cache" / "hub" / "models--Qwen--Sharded"
-    deadline = time.monotonic() + DEADLINE_S
+    deadline = time.monotonic() + HANG_S
     while not list(root.glob(f"snapshots/*/{first}")):
         assert time.monotonic() < deadline, "the first file did not arrive"
         assert killed.poll() is None
