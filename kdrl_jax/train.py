@@ -1,6 +1,7 @@
 """Post-train a student with KDRL, its halves or its rivals.
 
-    python -m kdrl_jax.train --config=configs/demo.py --workdir=runs/demo [--config.key=value …]
+    python -m kdrl_jax.train --config=mine --config.data.path=rows.jsonl [--config.key=value …]
+    python -m kdrl_jax.train --config=configs/demo.py --workdir=runs/demo
 
 Running the same command again continues from the newest checkpoint. The file reads as the
 algorithm of arXiv 2506.02208: Mesh → Data → Student and teacher → Resume → Loop.
@@ -40,6 +41,7 @@ from kdrl_jax.training.learner import Learner, Weights
 from kdrl_jax.training.locate import (
     fetch_run_models,
     model_name,
+    used_keys,
     with_folders,
 )
 from kdrl_jax.training.memory_check import MemoryCheck
@@ -95,7 +97,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     set_offline(config.offline)
     display = Display(quiet=not processes.is_first())
     display.say(f"run: {workdir}")
-    models = fetch_run_models(config, workdir, display)
+    fetching: dict[str, Any] = {"offline": config.offline, "weights": False}
+    models = fetch_run_models(used_keys(config), workdir, display, **fetching)
     processes.agree("models", {key: model_name(folder) for key, folder in models.items()})
     named, config = config, with_folders(config, models)
 
@@ -117,6 +120,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     data_digest = digest([ids for _, ids in problems])
 
     # --- Student and teacher -------------------------------------------------------------------
+    # Weights of the hub are downloaded now: bad data would have ended the run before.
+    names = {key: model_name(folder) for key, folder in models.items()}
+    fetch_run_models(names, workdir, display, **fetching | {"weights": True})
     with processes.together(), display.doing("checking the models' files"):
         shapes = check_roles(config, sizes, tokenizer, meshes)
     sizes, line = settle_micro_batch(config, sizes, shapes, meshes, workdir=workdir)

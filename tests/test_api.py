@@ -158,7 +158,8 @@ def test_evaluation_of_ones_own_rows(trained):
     _, result, _, _ = trained
     changes = {"data.prompt_style": "chat", "rollout.max_new_tokens": 4}
     arguments = {"data": ROWS[:4], "samples": 2, "changes": changes, "log": "quiet"}
-    found = kdrl_jax.evaluate(result.workdir, "evaluated", **arguments)
+    found = kdrl_jax.evaluate(result.workdir, **arguments)
+    assert found.output == result.workdir / "evaluation"
     [(name, accuracy)] = found.accuracy.items()
     assert 0 <= accuracy <= 1
     rows = found.responses(name)
@@ -180,6 +181,8 @@ def test_a_plan():
         (lambda: kdrl_jax.train("mine", changes={"rollout.grup_size": 2}), "rollout.group_size"),
         (lambda: kdrl_jax.train("mine", changes={"steps": "many"}), "steps: 'many' must be int"),
         (lambda: kdrl_jax.train("mine", changes={"num_generations": 8}), "rollout.group_size"),
+        (lambda: kdrl_jax.train("mine", num_generations=8), "here it is rollout.group_size"),
+        (lambda: kdrl_jax.train("mine", stpes=8), "stpes: no argument of train"),
         (lambda: kdrl_jax.train("mine", "w", data=[1]), "data.path: row 0 is int"),
         (lambda: kdrl_jax.train("mine", "w", data={"a": 1}), "data.path: dict is no list of rows"),
         (lambda: kdrl_jax.train("mine", "w", data=[]), "data.path: holds no rows"),

@@ -15,6 +15,7 @@ import pytest
 from commands import HANG_S
 from local_hub import LocalHub, tiny_model
 
+import kdrl_jax
 from kdrl_jax.config import load_config
 from kdrl_jax.evaluation.model import find_policy
 from kdrl_jax.models import hub as hub_module
@@ -433,3 +434,11 @@ def test_a_plan_reads_the_config_of_the_hub_and_else_the_shape(hub, monkeypatch,
     own = load_config("configs/base.py", {"student.path": "Qwen/None", "objective": "grpo"})
     with pytest.raises(UserError, match=r"student\.path: Qwen/None: there is no folder"):
         make_run_plan(own, machine, (), report=lambda line: None)
+
+
+def test_bad_rows_are_found_before_weights_are_downloaded(hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"has no answer"):
+        kdrl_jax.train("mine", student="Qwen/Small", data=[{"problem": "1+1?"}] * 4, log="quiet")
+    assert hub.asked("*/tokenizer.json")
+    assert not hub.asked("*.safetensors")

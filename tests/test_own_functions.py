@@ -130,6 +130,41 @@ def test_a_function_that_fails_adds_nothing(returned, kind):
     assert np.isnan(own.values).all()
 
 
+def test_the_only_reward_that_never_works_ends_the_run():
+    def conversational(completions):
+        return [text[0]["content"] for text in completions]
+
+    def works_once(completions):
+        return [1.0] if completions == ["a"] else conversational(completions)
+
+    here = name_of(conversational, KEY)
+    with (
+        RewardFunctions((here,), verdict_weight=0.0, workers=1) as functions,
+        pytest.warns(RuntimeWarning),
+        pytest.raises(UserError, match=r"conversational raised TypeError.*no call worked") as error,
+    ):
+        functions.ask([group("a", "b"), group("c", "d")])
+    assert len(error.value.problems) == 1
+    with (
+        RewardFunctions((name_of(works_once, KEY),), verdict_weight=0.0, workers=1) as functions,
+        pytest.warns(RuntimeWarning),
+    ):
+        assert functions.ask([group("a")])["works_once"].failed.tolist() == [0.0]
+        assert functions.ask([group("b")])["works_once"].failed.tolist() == [1.0]
+
+
+def test_arguments_of_other_trainers_are_answered():
+    def trl(prompts, completions, answer, level):
+        return [0.0] * len(completions)
+
+    with pytest.raises(UserError) as error:
+        RewardFunctions((name_of(trl, KEY),))
+    [line] = error.value.problems
+    assert line.endswith(
+        "prompts is problems here, answer is answers here, other columns of a row are in metas"
+    )
+
+
 def test_one_that_raises_system_exit_ends_nothing():
     def leaves(completions):
         raise SystemExit(3)

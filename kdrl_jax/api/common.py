@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from kdrl_jax import processes
 from kdrl_jax.config import load_config, split_variant
+from kdrl_jax.foreign_names import answer
 from kdrl_jax.own_functions import name_of
 from kdrl_jax.training.display import speaking
 from kdrl_jax.types import UserError
@@ -29,6 +30,22 @@ def config_of(config: str | Path | ConfigDict) -> tuple[ConfigDict, str]:
     file, variant = split_variant(config)
     name = "-".join([file.stem, *variant.split(",")]) if variant else file.stem
     return load_config(config), name
+
+
+def refuse_others(others: Mapping[str, Any], function: str) -> None:
+    """Refuse arguments that a function does not take, such as those of other trainers.
+
+    Raises:
+      UserError: a line for each.
+    """
+    if others:
+        raise UserError(
+            *(
+                answer(name, value)
+                or f"{name}: no argument of {function}; a key goes into changes={{'KEY': VALUE}}"
+                for name, value in others.items()
+            )
+        )
 
 
 def text_of(function: Any, key: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from kdrl_jax.api.common import Log, Rows, config_of, speaking_as
+from kdrl_jax.api.common import Log, Rows, config_of, refuse_others, speaking_as
 from kdrl_jax.config import saved_config, update_config
 from kdrl_jax.evaluate import evaluate as run_evaluation
 from kdrl_jax.evaluation.benchmarks import find_benchmarks, load_benchmark, load_data, name_data
@@ -51,7 +51,7 @@ class EvaluationResult:
 
 def evaluate(
     model: str | Path,
-    output: str | Path,
+    output: str | Path | None = None,
     *,
     benchmarks: Sequence[str] = (),
     data: Rows | None = None,
@@ -61,12 +61,14 @@ def evaluate(
     limit: int | None = None,
     changes: Mapping[str, Any] | None = None,
     log: Log = "text",
+    **others: Any,
 ) -> EvaluationResult:
     """Asks a model problems and grades its answers. The same call goes on where it was interrupted.
 
     Args:
       model: a run's folder, RUN/checkpoints/STEP, a Hugging Face folder, or OWNER/NAME of the hub.
-      output: the folder of the results.
+      output: the folder of the results; None: `evaluation` in the run's folder, or
+        runs/evaluation-NAME for any other model.
       benchmarks: 'math500', 'aime24', …; see `python -m kdrl_jax.evaluate --help`.
       data: problems of one's own, beside or instead of benchmarks.
       data_dir: a folder with the benchmarks' files; None: they come from the hub.
@@ -74,11 +76,15 @@ def evaluate(
       samples: answers to each problem; None: eval.samples of one's own, else the benchmark's.
       limit: the first so many problems of each; None: all.
       log: 'text' or 'quiet'.
+      others: are refused, with the names that they have here.
 
     Raises:
       UserError: before weights are loaded, one line for each problem.
     """
-    output = Path(output)
+    refuse_others(others, "evaluate")
+    folder = split_step(Path(model))[0]
+    usual = folder / "evaluation" if is_run(folder) else Path(f"runs/evaluation-{folder.name}")
+    place = Path(output) if output else usual
     with speaking_as(log):
         wrong = Refusals()
         if not benchmarks and data is None:
@@ -89,7 +95,7 @@ def evaluate(
         chosen = wrong.attempt(find_benchmarks, list(benchmarks)) or []
         loaded = [x for b in chosen if (x := wrong.attempt(load_benchmark, b, folder))]
         if data is not None and known is not None:
-            path = wrong.attempt(write_rows, output, "data", data)
+            path = wrong.attempt(write_rows, place, "data", data)
             named = wrong.attempt(name_data, [path]) if path else None
             reading = {"on_bad": known.data.on_bad, "samples": known.eval.samples}
             for one in (named or {}).items():
@@ -98,8 +104,8 @@ def evaluate(
         wrong.raise_any()
         assert known is not None
         assert policy is not None
-        results = run_evaluation(known, policy, loaded, output, samples=samples, limit=limit)
-    return EvaluationResult(output, results)
+        results = run_evaluation(known, policy, loaded, place, samples=samples, limit=limit)
+    return EvaluationResult(place, results)
 
 
 def _evaluation_config(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from ml_collections import ConfigDict
 
 from kdrl_jax import convert
-from kdrl_jax.api.common import Function, Log, Rows, config_of, speaking_as, text_of
+from kdrl_jax.api.common import Function, Log, Rows, config_of, refuse_others, speaking_as, text_of
 from kdrl_jax.config import saved_config, update_config
 from kdrl_jax.planning.machines import parse_topology
 from kdrl_jax.planning.run_plan import PROGRAMS, RunPlan, make_run_plan
@@ -98,6 +98,7 @@ def train(
     prompt: Function | None = None,
     changes: Mapping[str, Any] | None = None,
     log: Log = "text",
+    **others: Any,
 ) -> TrainResult:
     """Runs, or continues, a training run.
 
@@ -114,6 +115,7 @@ def train(
       prompt: a prompt style, or a function from a problem's text to a text or messages.
       changes: values by key: {"steps": 20, "rollout.group_size": 8}.
       log: 'text' prints what the command prints, 'quiet' nothing.
+      others: are refused, with the names that they have here.
 
     Returns:
       What the run has come to.
@@ -121,6 +123,7 @@ def train(
     Raises:
       UserError: before anything is loaded, one line for each problem.
     """
+    refuse_others(others, "train")
     config, name = config_of(config)
     workdir = Path(workdir) if workdir is not None else Path("runs") / name
     own: dict[str, Any] = {}

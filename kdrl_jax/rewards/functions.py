@@ -122,11 +122,20 @@ def _parse(text: Any) -> RewardFunction:
     if unknown:
         raise UserError(
             f"{KEY}: {text!r} takes {', '.join(unknown)}; there are {', '.join(ARGUMENTS)}, by "
-            "keyword"
+            "keyword" + _hint(unknown)
         )
     every = any(p.kind is p.VAR_KEYWORD for p in parameters)
     takes = tuple(ARGUMENTS) if every else tuple(p.name for p in named if p.name in ARGUMENTS)
     return RewardFunction(target, attribute.rpartition(".")[2], weight, takes)
+
+
+def _hint(unknown: Sequence[str]) -> str:
+    """Where other trainers' arguments are."""
+    known = {"prompts": "problems", "prompt": "problems", "answer": "answers"}
+    found = [f"{name} is {known[name]} here" for name in unknown if name in known]
+    if len(found) < len(unknown):
+        found.append("other columns of a row are in metas")
+    return f"; {', '.join(found)}"
 
 
 class RewardFunctions:
@@ -159,6 +168,7 @@ class RewardFunctions:
         command = worker_command(timeout_s, ("reward", targets))
         self._supervisor = _Callers(command, workers, timeout_s, ", ".join(targets))
         self._said: set[tuple[str, str]] = set()
+        self._worked = False
         self._lock = threading.Lock()
         self._finalizer = weakref.finalize(self, kill_all, self._supervisor.workers)
 
@@ -181,7 +191,8 @@ class RewardFunctions:
         kind is a RuntimeWarning.
 
         Raises:
-          UserError: a meta that is not JSON, for a function that takes it.
+          UserError: a meta that is not JSON, for a function that takes it; or every first call of
+            every function has failed, and there is no other reward.
           RuntimeError: workers do not start.
         """
         elsewhere = [function for function in self.functions if not is_here(function.target)]
@@ -199,7 +210,7 @@ class RewardFunctions:
                 arguments = {name: list(group[name]) for name in function.takes}
                 replies[p, function.name] = self._here.call(own, arguments)
         size = len(groups[0]["completions"]) if groups else 0
-        found = {}
+        found, faults = {}, []
         for function in self.functions:
             values = np.full((len(groups), size), np.nan, np.float32)
             failed = np.zeros(len(groups), np.float32)
@@ -208,10 +219,17 @@ class RewardFunctions:
                 kind, why = _fault(reply, size, self._timeout_s)
                 if kind:
                     failed[p] = 1.0
+                    faults.append(f"{KEY}: {function.target} {why}")
                     self._say(function, kind, why, group["problems"][0])
                 else:
                     values[p] = [math.nan if value is None else value for value in reply]
             found[function.name] = OwnReward(values, failed)
+        calls = len(groups) * len(self.functions)
+        self._worked |= len(faults) < calls
+        if calls and not self._worked and not self._verdict_weight:
+            raise UserError(
+                *(f"{line}; no call worked, so there is no reward; mend it" for line in set(faults))
+            )
         return found
 
     def total(

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -125,8 +126,19 @@ def fetch_models(
     return folders
 
 
-def fetch_run_models(config: ConfigDict, workdir: Path, display: Display) -> dict[str, Path]:
+def fetch_run_models(
+    texts: Mapping[str, str],
+    workdir: Path,
+    display: Display,
+    *,
+    offline: bool,
+    weights: bool,
+) -> dict[str, Path]:
     """Returns the folders of all models that a run reads, by key; every process must call this.
+
+    Args:
+      texts: see `used_keys`.
+      weights: False: only their configs and tokenizers are needed yet.
 
     The first process downloads, then one of each other host whose cache is its own: hosts that
     share a cache fill it once.
@@ -134,14 +146,15 @@ def fetch_run_models(config: ConfigDict, workdir: Path, display: Display) -> dic
     Raises:
       UserError: in every process, a line for each model that cannot be had.
     """
-    texts, recorded = used_keys(config), recorded_models(workdir)
+    recorded = recorded_models(workdir)
     folders: dict[str, Path] = {}
 
     def fetch() -> None:
-        folders.update(fetch_models(texts, display, offline=config.offline, recorded=recorded))
+        options: dict[str, Any] = {"offline": offline, "weights": weights, "recorded": recorded}
+        folders.update(fetch_models(texts, display, **options))
 
     if processes.count() > 1:
-        if any(parse_hub_name(text.split(OR)[-1]) for text in texts.values()):
+        if weights and any(parse_hub_name(text.split(OR)[-1]) for text in texts.values()):
             display.say(
                 "models of the hub: each host has a copy of all files in its HF_HOME; hosts that "
                 "share it have one"

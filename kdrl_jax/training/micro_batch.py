@@ -25,6 +25,8 @@ from kdrl_jax.training.memory_check import LEARNING, MemoryCheck
 from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.validation import Sizes
 
+PASSES = 4
+"""Passes of an update at least: short responses share a row, so some passes fall away."""
 UNKNOWN_LIMIT = 64
 """Rows at most, where nobody knows what a device can hold."""
 
@@ -40,8 +42,8 @@ def settle_micro_batch(
 ) -> tuple[Sizes, str]:
     """Sizes with the rows of a micro-batch, and a line on them; "" where the config has them.
 
-    They are the most that divide the rows of an update, that the meshes can split, and that the
-    memory plan says fit; the least, where none fits. All processes must call this.
+    They are the most that divide the rows of an update into PASSES, that the meshes can split, and
+    that the memory plan says fit; the least, where none fits. All processes must call this.
 
     Args:
       shapes, limit: as `MemoryCheck` takes them.
@@ -64,9 +66,10 @@ def settle_micro_batch(
     choices = _choices(rows, shapes, meshes)
     begun = _begun_with(workdir) if workdir else 0
     kept = begun in choices and fits(begun)
-    chosen = begun if kept else next(filter(fits, choices), choices[-1])
+    several = [n for n in choices if n * PASSES <= rows]
+    chosen = begun if kept else next(filter(fits, several), choices[-1])
     chosen = int(processes.gather(np.array(chosen)).min())  # hosts may differ in memory
-    why = "as the run began" if kept else "the most that fits"
+    why = "as the run began" if kept else f"the most that fits, in {PASSES} passes or more"
     return of(chosen), f"micro_batch: {chosen} of an update's {rows} rows at once, {why}"
 
 

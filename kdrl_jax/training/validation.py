@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -242,7 +243,10 @@ def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
     for key in ("data.path", "data.eval_path"):
         local = flat[key] and "://" not in flat[key] and not any(c in flat[key] for c in "*?[")
         if local and not Path(flat[key]).exists():
-            yield f"{key}: no file {flat[key]}"
+            named = re.fullmatch(r"[\w.-]+/[\w.-]+", flat[key])
+            yield f"{key}: no file {flat[key]}" + (
+                f"; a data set of the hub is hf://{flat[key]}" if named else ""
+            )
     for key in MODEL_KEYS:
         if flat[key] and (key != "teacher.path" or taught):
             yield from _problems_of(find_model, key, flat[key])
