@@ -85,4 +85,4 @@ def test_what_is_left_open_is_decided_and_recorded(runs):
     saved = json.loads((runs / "mine" / "config.json").read_text())
     assert (saved["micro_batch"], saved["data"]["prompt_buckets"]) == (0, [])
     (start,) = json.loads((runs / "mine" / "provenance.json").read_text())
-    assert start["micro_batch"] == 8
+    assert start["micro_batch"] == 2

@@ -775,7 +775,7 @@ def test_a_folder_that_is_a_file(cache, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ("c.steps = 'five'", "TypeError"),
+        ("c.steps = 'five'", "steps: 'five' must be int"),
         ("c.steps = = 5", "invalid syntax"),
         ("return None", "must return a ConfigDict"),
     ],

@@ -82,8 +82,8 @@ def evaluate(
       UserError: before weights are loaded, one line for each problem.
     """
     refuse_others(others, "evaluate")
-    folder = split_step(Path(model))[0]
-    usual = folder / "evaluation" if is_run(folder) else Path(f"runs/evaluation-{folder.name}")
+    run = split_step(Path(model))[0]
+    usual = run / "evaluation" if is_run(run) else Path(f"runs/evaluation-{run.name}")
     place = Path(output) if output else usual
     with speaking_as(log):
         wrong = Refusals()
