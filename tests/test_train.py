@@ -741,7 +741,7 @@ def refused(capsys, *argv, main=train.main):
         ({"micro_batch": 4, "mesh.fsdp": 8}, ["micro_batch: 4 is not a multiple of mesh.data"]),
         (
             {"micro_batch": 0, "mesh.fsdp": 8, "rollout.prompts_per_step": 3},
-            ["mesh.data x mesh.fsdp: 8 does not divide the 12 rollouts of an update", "; 4 does"],
+            ["mesh.data x mesh.fsdp: 8 does not divide the 12 rollouts of an update", "; 6 does"],
         ),
         ({"mesh.fsdp": 3}, ["mesh.fsdp=3"]),
         ({"teacher.sft.batch_size": 0}, ["teacher.sft.batch_size: 0 must be at least 1"]),
