@@ -135,7 +135,8 @@ def find_config(path: str | Path) -> tuple[Path, str]:
 
     Args:
       path: FILE[:VARIANT]. Where FILE is none, `NAME`, `NAME.py` and `configs/NAME.py` are the
-        project's own of that name, wherever the command is given; a line on stderr says so.
+        project's own of that name, wherever the command is given; for a path a line on stderr
+        says so.
 
     Raises:
       UserError: there is no such file, with those that there are.
@@ -146,7 +147,7 @@ def find_config(path: str | Path) -> tuple[Path, str]:
     name = file.relative_to("configs") if file.parts[:1] == ("configs",) else file
     own = (CONFIGS / name).with_suffix(".py")
     if own.is_file():
-        if not file.is_absolute():
+        if file.suffix and not file.is_absolute():
             _say_once(f"--config: no file {file} here; {own} serves")
         return own, variant
     near = sorted(str(p) for p in file.parent.glob("*.py") if p.name != "__init__.py")

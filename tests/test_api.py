@@ -96,6 +96,7 @@ def test_a_run(trained):
     assert {x for _, answers in seen for x in answers} <= {row["solution"] for row in ROWS}
     assert result.samples[0]["prompt"].startswith("Q: What is")
     assert hasattr(result.start, "is_dir")
+    assert (result.config.steps, result.config.data.path) == (2, "runs/api/data/training.jsonl")
     assert (result.start / "config.json").is_file()
     provenance = json.loads((home / "runs/api/provenance.json").read_text())
     assert {"python:few", "python:function"} <= provenance[-1]["own_code"].keys()
@@ -122,7 +123,7 @@ def test_the_command_asks_for_the_function_again(trained, monkeypatch):
     assert any(line.startswith(said) for line in error.value.problems)
 
 
-def test_answers_conversation_and_export(trained):
+def test_answers_conversation_and_export(trained, capsys):
     _, result, _, _ = trained
     found = kdrl_jax.generate(
         result.workdir,
@@ -152,6 +153,10 @@ def test_answers_conversation_and_export(trained):
     ]
     talk.reset()
     assert talk.messages == []
+    capsys.readouterr()
+    quiet = kdrl_jax.chat(exported, log="quiet", **greedy)
+    assert quiet.ask("What is 1 + 1?", on_text=lambda piece: print(piece, end="")) == said
+    assert capsys.readouterr().out == said
 
 
 def test_evaluation_of_ones_own_rows(trained):
@@ -190,6 +195,8 @@ def test_a_plan():
         (lambda: kdrl_jax.train("none"), "--config: no file none"),
         (lambda: kdrl_jax.train("mine", log="loud"), "log: 'loud' is none of"),
         (lambda: kdrl_jax.generate("nowhere", "a"), "model: no folder nowhere"),
+        (lambda: kdrl_jax.generate("nowhere", "a", log="loud"), "log: 'loud' is none of"),
+        (lambda: kdrl_jax.chat("nowhere", log="loud"), "log: 'loud' is none of"),
         (lambda: kdrl_jax.export("nowhere", "out", to="gguf"), "to: 'gguf' is none of"),
         (lambda: kdrl_jax.evaluate("nowhere", "out"), "benchmarks: empty, and no data"),
         (lambda: kdrl_jax.plan("stage2", "h100:x"), "--topology: 'h100:x'"),

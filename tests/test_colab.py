@@ -2,6 +2,7 @@
 
 Twice, with small settings after its cell of parameters: with the embedded models, as the hub is out
 of reach, and with a small model that lies in the hub's cache under the name and commit it asks for.
+Its first cell has tests of its own in test_colab_install.py.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ pytest.importorskip("matplotlib")
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "colab" / "kdrl_demo.ipynb"
 PNG = b"\x89PNG\r\n"
+SHOWN = ("install", "models", "train", "answers", "report", "export", "chat", "transformers")
 
 SMALL = {
     "steps": 2,
@@ -110,7 +112,7 @@ def embedded(tmp_path_factory):
 def from_hub(tmp_path_factory):
     folder = tmp_path_factory.mktemp("from_hub")
     source = "".join(code_cells(nbformat.read(NOTEBOOK, as_version=4))["models"].source)
-    ((name, commit),) = re.findall(r'"(HuggingFaceTB/[\w.-]+)": "([0-9a-f]{40})"', source)
+    ((name, commit),) = re.findall(r'"(HuggingFaceTB/[\w.-]+)@([0-9a-f]{40})"', source)
     stored = folder / "hub" / f"models--{name.replace('/', '--')}" / "snapshots" / commit
     rows = tokenizer_cases.write_hf(stored, extra=["\\boxed{"]).get_vocab_size()
     config = model_cases.CASES["llama_tied"] | {"vocab_size": rows, "eos_token_id": 0}
@@ -173,11 +175,15 @@ def test_the_report_is_shown(executed):
 
 
 def test_the_chat_answers_as_the_trainer_did(executed):
-    """`transformers` with the exported folder, against the trained student's column."""
-    pytest.importorskip("torch")
+    """With the exported folder, against the trained student's column."""
     problem, (_, (after, _)) = next(iter(answers(executed).items()))
     assert problem
     assert executed.said("chat").removesuffix("\n") == after
+
+
+def test_transformers_answer_as_the_chat_does(executed):
+    pytest.importorskip("torch")
+    assert executed.said("transformers") == executed.said("chat")
 
 
 def test_the_export_has_the_same_logits_in_transformers(executed):
@@ -210,8 +216,6 @@ def test_the_kept_notebook_has_its_outputs():
     shown = json.dumps([x for x in outputs if "image/png" not in x.get("data", {})])
     assert not re.findall(r"/(?:home|root|tmp|work|usr)/", shown)
     assert "Warning" not in shown
-    assert [cells[name].outputs != [] for name in ("train", "answers", "report", "chat")] == [
-        True
-    ] * 4
+    assert [cells[name].outputs != [] for name in SHOWN] == [True] * len(SHOWN)
     said = re.search(r"held-out accuracy: ([\d.]+)% before, ([\d.]+)% after", shown)
     assert float(said[2]) > float(said[1])

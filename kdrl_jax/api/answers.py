@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from kdrl_jax.api.common import Function, text_of
+from kdrl_jax.api.common import Function, Log, speaking_as, text_of
 from kdrl_jax.data import encode_content, find_style
 from kdrl_jax.evaluation.model import find_policy, load_policy
 from kdrl_jax.generation.conversation import History
@@ -57,6 +59,7 @@ def generate(
     prompt_style: Function | None = None,
     dtype: str | None = None,
     batch: int = 16,
+    log: Log = "text",
     **drawing: float,
 ) -> list[Completion]:
     """Returns a model's answers to prompts, prompt by prompt.
@@ -68,6 +71,7 @@ def generate(
       prompt_style: default: the run's, else the chat template if the model has one.
       dtype: default: float32 on a CPU, else bfloat16.
       batch: prompts that are answered at once.
+      log: 'text' says what takes long, such as a download, 'quiet' nothing.
       drawing: max_new_tokens, temperature, top_p, top_k, min_p; default: the run's, else 1024
         tokens at temperature 0.6.
 
@@ -75,20 +79,25 @@ def generate(
       UserError: no such model, values out of range, or a prompt that does not fit.
     """
     texts = [prompts] if isinstance(prompts, str) else list(prompts)
-    opened = open_model(
-        model,
-        dtype=dtype,
-        prompt_style=None if prompt_style is None else text_of(prompt_style, "data.prompt_style"),
-        samples=samples,
-        seed=seed,
-        slots=batch * samples,
-        drawing=drawing,
-    )
-    return [
-        Completion(start + answer.number, *answer[1:])
-        for start in range(0, len(texts), batch)
-        for answer in _answers(opened, texts[start : start + batch], start)
-    ]
+    with speaking_as(log):
+        opened = open_model(
+            model,
+            dtype=dtype,
+            prompt_style=_style(prompt_style),
+            samples=samples,
+            seed=seed,
+            slots=batch * samples,
+            drawing=drawing,
+        )
+        return [
+            Completion(start + answer.number, *answer[1:])
+            for start in range(0, len(texts), batch)
+            for answer in _answers(opened, texts[start : start + batch], start)
+        ]
+
+
+def _style(given: Function | None) -> str | None:
+    return None if given is None else text_of(given, "data.prompt_style")
 
 
 def _answers(opened: Opened, texts: Sequence[str], start: int) -> list[Answer]:
@@ -104,8 +113,8 @@ class Chat:
       messages: all that was said, as a chat template takes it.
     """
 
-    def __init__(self, opened: Opened):
-        self._opened, self._turn = opened, 0
+    def __init__(self, opened: Opened, log: Log = "text"):
+        self._opened, self._log, self._turn = opened, log, 0
         self._history = opened.history()
 
     @property
@@ -122,8 +131,17 @@ class Chat:
           UserError: the conversation leaves no room for an answer.
         """
         ids = self._history.prompt(text)
-        tell = None if on_text is None else lambda request, piece: on_text(piece)
-        [answer] = self._opened.sampler.answer([ids], [0], turn=self._turn, on_text=tell)[0]
+        shown = contextlib.redirect_stdout(sys.stdout)  # what `on_text` prints is no log
+
+        def tell(request: int, piece: str) -> None:
+            assert on_text is not None
+            with shown:
+                on_text(piece)
+
+        with speaking_as(self._log):
+            [answer] = self._opened.sampler.answer(
+                [ids], [0], turn=self._turn, on_text=tell if on_text else None
+            )[0]
         self._history.answered(answer.text)
         self._turn += 1
         return answer.text
@@ -139,13 +157,16 @@ def chat(
     seed: int = 0,
     prompt_style: Function | None = None,
     dtype: str | None = None,
+    log: Log = "text",
     **drawing: float,
 ) -> Chat:
     """Returns a conversation with a model; arguments as of `generate`."""
-    style = None if prompt_style is None else text_of(prompt_style, "data.prompt_style")
-    return Chat(
-        open_model(model, dtype=dtype, prompt_style=style, seed=seed, drawing=drawing, live=True)
-    )
+    style = _style(prompt_style)
+    with speaking_as(log):
+        opened = open_model(
+            model, dtype=dtype, prompt_style=style, seed=seed, drawing=drawing, live=True
+        )
+    return Chat(opened, log)
 
 
 class Opened:

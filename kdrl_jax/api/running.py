@@ -65,11 +65,16 @@ class TrainResult:
         return read_metrics(self.workdir / "metrics.jsonl")
 
     @property
+    def config(self) -> ConfigDict:
+        """What the run was made with: the config with all changes."""
+        return saved_config(self.workdir / "config.json")
+
+    @property
     def start(self) -> Path | None:
         """The folder of the student as it began: its model's, or what a warm-up made of that; None
         where it began with random weights.
         """
-        config = saved_config(self.workdir / "config.json")
+        config = self.config
         folders = fetch_models(
             used_keys(config), Display(quiet=True), recorded=recorded_models(self.workdir)
         )
