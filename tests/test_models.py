@@ -360,7 +360,7 @@ def test_yarn_factor_is_derived_when_absent():
         ("qwen2", {"model_type": "qwen2_moe"}, "model_type: qwen2_moe found.*nearest: qwen2"),
         ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type: dynamic"),
         ("qwen2", {"rope_scaling": {"type": "longrope"}}, "rope_type: longrope found"),
-        ("llama3", {"rope_scaling": {"rope_type": "llama3"}}, "low_freq_factor: missing"),
+        ("llama3", {"rope_scaling": {"rope_type": "llama3"}}, "factor: missing;.*low_freq_factor"),
         ("qwen3_tied", {"partial_rotary_factor": 0.5}, "partial_rotary_factor: 0.5 found"),
         ("qwen2", {"quantization_config": {"quant_method": "awq"}}, "quantization_config: awq"),
         ("qwen2", {"num_hidden_layers": None}, "num_hidden_layers: None found"),

@@ -126,7 +126,8 @@ def test_a_shape_says_its_vocabulary():
 
 
 def test_a_plan_needs_no_sources_and_a_run_does():
-    config = load_config(ROOT / "configs" / "stage2.py")
+    none = {"student.path": "", "teacher.path": "", "data.eval_path": ""}
+    config = load_config(ROOT / "configs" / "stage2.py", none)
     assert validate(config, sources=False).rollouts == 1024
     with pytest.raises(UserError) as error:
         validate(config)
