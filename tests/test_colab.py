@@ -126,7 +126,7 @@ def executed(request):
 
 
 def test_it_says_which_models_it_took(embedded, from_hub):
-    assert "out of reach" in embedded.said("models")
+    assert "offline, and the cache" in embedded.said("models")
     assert embedded.said("models").endswith("the embedded models\n")
     assert from_hub.said("models") == "1 x cpu: the smollm2 models\n"
     config = json.loads((from_hub.run / "model" / "config.json").read_text())
