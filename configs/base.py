@@ -69,8 +69,13 @@ def get_config() -> ConfigDict:
     c.objective = "kdrl"
     c.kd_estimator = "k2"  # k2 (½ℓ², the paper's) | k3 | k1 (score-function form) | topk | full
     c.kd_topk = ConfigDict()
-    c.kd_topk.k = 50  # tokens of the support
-    c.kd_topk.support = "teacher"  # whose top k | student | tail (teacher's, and a bucket of rest)
+    c.kd_topk.k = 50  # tokens of the support; the paper does not say how many
+    # floor: the paper's, the teacher has exp(log_floor) outside its top k, and the student keeps
+    # its whole vocabulary | teacher: both renormalised on the teacher's top k | student: on the
+    # student's | tail: the teacher's top k, and one bucket for the rest
+    c.kd_topk.support = "floor"
+    c.kd_topk.log_floor = -18.42  # nats, ln 1e-8; of "floor"
+    c.k3_clamp = 0.0  # nats; the term of k3 is at most this, as in verl (10); 0: no bound
     c.kd_mask = "none"  # response (KD where it is wrong) | group (… whole group wrong) | none
     c.beta = ConfigDict()
     # constant: init | linear: max(init − delta·step, min) | adaptive: falls with the KL and where
@@ -82,7 +87,11 @@ def get_config() -> ConfigDict:
     c.beta.phases = ()  # ((0, 1e-2), (100, 0.0)): the value from these steps on
     c.policy_phases = ()  # likewise the weight of the policy term; (): 1 throughout
     c.trrd = ConfigDict()
-    c.trrd.alpha = 0.5  # log-ratio: alpha to the old student, 1 − alpha to the teacher
+    # Of the log-ratio, alpha is taken to the old student and 1 − alpha to the teacher. 1: GRPO; 0:
+    # the ratio to the teacher alone, as the log-ratio to the reference in DPO.
+    c.trrd.alpha = 0.5
+    c.trrd.alpha_end = 1.0  # alpha moves to this in a straight line over alpha_steps steps
+    c.trrd.alpha_steps = 0  # 0: alpha stays as it is
     c.trrd.clamp = 1.0  # nats, of the log-ratio to the teacher
     c.trrd.clamp_gradient = "clamp"  # clamp (none beyond it) | straight_through
     c.reference_coef = 0.0  # of the KL to the initial student (k3); stage 1 of the paper: 1e-3
@@ -92,7 +101,14 @@ def get_config() -> ConfigDict:
     c.advantage.baseline = "mean"  # mean | leave_one_out (RLOO)
     c.clip_eps_low = 0.2  # ratio clip; GRPO's has no effect with one update per rollout batch
     c.clip_eps_high = 0.2  # above clip_eps_low: clip-higher (DAPO)
-    c.entropy_coef = 1e-3
+    c.entropy_coef = 1e-3  # of the entropy bonus
+    # Adaptive entropy (Skywork-OR1, arXiv 2505.22312): after each step the coefficient rises by
+    # `delta` where the entropy was below `target`, falls by it where it was above, and stays in
+    # [0, max]; the bonus is off while the entropy is above the target. entropy_coef is the start.
+    c.adaptive_entropy = ConfigDict()
+    c.adaptive_entropy.target = 0.0  # nats per token; 0: entropy_coef is constant
+    c.adaptive_entropy.delta = 1e-4
+    c.adaptive_entropy.max = 5e-3
     c.tis_cap = 0.0  # truncated importance weights, trainer over sampler, at most this; 0: off
     c.mask_truncated = False  # True: responses cut at the limit are not trained on
     c.logprob_temperature = "rollout"  # divides logits in every log-prob: "rollout" or e.g. "1.0"
@@ -179,7 +195,9 @@ def get_config() -> ConfigDict:
     # the last \boxed{}) | last_number (1,234.5, 3/4, 50%, -$5, …) | text (all of it) | task (what
     # the task's own `answer` finds). The middle two leave out what precedes </think>.
     c.reward.answer = "boxed"
-    c.reward.require_format = True  # <think>…</think>, then the answer; False: accuracy alone
+    # The reward of training: format × accuracy, where the format is <think>…</think>, then the
+    # answer; False: accuracy alone.
+    c.reward.require_format = True
     c.reward.workers = 4  # verification processes
     c.reward.timeout_s = 3.0  # a hard limit per answer or call, then the worker is killed
     # Rewards of your own, added to the verifier's: ("my_rewards:brevity*0.2", …), each
@@ -245,6 +263,9 @@ def get_config() -> ConfigDict:
     c.eval.samples = 1  # per problem; eval/accuracy is their mean
     c.eval.batch = 64  # problems decoded at once
     c.eval.temperature = 0.6  # 0: greedy
+    c.eval.top_p = 1.0  # 1: off
+    c.eval.max_new_tokens = 0  # of a response; 0: as in rollout
+    c.eval.require_format = False  # True: a right answer counts only in reward's format
     c.checkpoint = ConfigDict()
     c.checkpoint.every = 20  # steps; the last step is always saved
     c.checkpoint.keep = 3

@@ -6,8 +6,10 @@
 The checkpoint is a run's folder (its newest checkpoint), RUN/checkpoints/STEP, a Hugging Face
 folder or a model of the hub, OWNER/NAME[@REVISION]; for a run, --config may be left out: its own
 config.json serves. From the config come student.dtype, data.prompt_style, data.prompt_buckets,
-rollout.max_new_tokens, rollout.slots, eval.temperature (top-p is 1), eval.batch, reward.*, mesh.*,
-rollout_mesh.*, seed; any of them may be set by --config.KEY=VALUE.
+eval.max_new_tokens (0: rollout.max_new_tokens), eval.temperature, eval.top_p, eval.batch,
+eval.require_format, rollout.slots, reward.*, mesh.*, rollout_mesh.*, seed; any of them may be set
+by --config.KEY=VALUE. A response is right if its answer is; the format that training may reward
+counts only with eval.require_format.
 
 Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugging Face hub at the
 revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
@@ -68,6 +70,7 @@ from kdrl_jax.rewards import FORMS, Grader
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
+from kdrl_jax.training.evaluation import eval_tokens
 from kdrl_jax.training.locate import find_model
 from kdrl_jax.training.meshes import rollout_mesh
 from kdrl_jax.training.metrics import lock_folder, unlock_folder
@@ -81,8 +84,9 @@ READS = (
     *("seed", "cache_dir", "offline", "student.dtype", "data.prompt_style", "data.prompt_buckets"),
     "data.max_prompt_tokens",
     *("mesh.", "rollout_mesh."),
-    *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.batch"),
-    *("eval.samples", *(f"reward.{key}" for key in GRADING)),
+    *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.top_p", "eval.batch"),
+    *("eval.max_new_tokens", "eval.require_format", "eval.samples"),
+    *(f"reward.{key}" for key in GRADING),
     *("data.fields", "data.on_bad"),  # of --data
 )
 
@@ -140,7 +144,7 @@ def evaluate(
             model,
             valid_vocab=tokenizer.size,
             prompt_buckets=prompt_buckets(lengths, longest),
-            max_new_tokens=config.rollout.max_new_tokens,
+            max_new_tokens=eval_tokens(config),
             slots=config.rollout.slots,
             mesh=mesh,
         )
@@ -151,12 +155,14 @@ def evaluate(
                 samples=plan.samples,
                 batch=plan.batch,
                 temperature=config.eval.temperature,
+                top_p=config.eval.top_p,
+                require_format=config.eval.require_format,
                 seed=config.seed,
             )
             figures[plan.benchmark.name] = summarise(rows, plan.samples, plan.kept_out, plan.listed)
     shown = (
-        *("temperature", "max_new_tokens", "prompt_style", "answer", "require_format"),
-        *("dtype", "seed"),
+        *("temperature", "top_p", "max_new_tokens", "prompt_style", "answer"),
+        *("require_format", "dtype", "seed"),
     )
     results = {
         "checkpoint": str(policy),

@@ -34,7 +34,7 @@ from kdrl_jax.training.checks import Checks
 from kdrl_jax.training.collect import Collector, mixed, solved
 from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
-from kdrl_jax.training.evaluation import evaluate
+from kdrl_jax.training.evaluation import eval_settings, eval_slots, eval_tokens, evaluate
 from kdrl_jax.training.health import Health
 from kdrl_jax.training.host_memory import share_arenas
 from kdrl_jax.training.learner import Learner, Weights
@@ -44,6 +44,7 @@ from kdrl_jax.training.locate import (
     used_keys,
     with_folders,
 )
+from kdrl_jax.training.memory import Levers
 from kdrl_jax.training.memory_check import MemoryCheck
 from kdrl_jax.training.meshes import describe, make_meshes
 from kdrl_jax.training.metrics import unlock_folder
@@ -175,17 +176,22 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         **{k: ro[k] for k in DRAWING},
     )
 
-    def engine_of(model: Decoder) -> Engine:
+    def engine_of(model: Decoder, budget: int, slots: int) -> Engine:
         return RolloutEngine(
             model,
             valid_vocab=tokenizer.size,
             prompt_buckets=buckets,
-            max_new_tokens=ro.max_new_tokens,
-            slots=ro.slots,
+            max_new_tokens=budget,
+            slots=slots,
             mesh=meshes.rollout,
         )
 
-    engine = server or engine_of(sampler_model)
+    drawn, evaluated = ro.max_new_tokens, eval_tokens(config)
+    engine = server or engine_of(sampler_model, drawn, ro.slots)
+    evaluator = engine
+    if evaluated > drawn and not server:  # with as much memory: fewer responses at once
+        slots = eval_slots(Levers.of(config).slots, buckets[-1], drawn, evaluated)
+        evaluator = engine_of(sampler_model, evaluated, slots)
     by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
 
     # --- Resume --------------------------------------------------------------------------------
@@ -225,7 +231,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         jax.debug_nans(config.debug),
     ):
         collector = Collector(
-            engine_of(teacher.model) if teacher and by_teacher else engine,
+            engine_of(teacher.model, drawn, ro.slots) if teacher and by_teacher else engine,
             problems,
             PromptBatches(len(problems), ro.prompts_per_step, config.seed),
             tokenizer,
@@ -243,11 +249,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         def evaluate_student(step: int) -> None:
             if held_out and (step % config.eval.every == 0 or step == config.steps):
                 run.wait(then="eval")
-                keys = ("samples", "batch", "temperature")
-                settings = {k: config.eval[k] for k in keys} | {"seed": config.seed}
-                settings["progress"] = run.phases.evaluated
+                settings = {**eval_settings(config), "progress": run.phases.evaluated}
                 policy = learner.policy(state.params)
-                scores, _ = evaluate(engine, policy, held_out, tokenizer, grader, **settings)
+                scores, _ = evaluate(evaluator, policy, held_out, tokenizer, grader, **settings)
                 run.evaluated(step, scores)
 
         if start is None:
@@ -282,7 +286,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
                 state, metrics = learner.learn(state, *told, correct=correct, probe=probe)
 
             step += 1
-            numbers = {"beta": beta, **found.metrics, **collector.verification()}
+            scheduled = learner.scheduled(step - 1, run.trend)
+            numbers = {**scheduled, **found.metrics, **collector.verification()}
             run.step_done(step, metrics, numbers, found, scores)
             run.write_samples(step, found, tokenizer, traces)
             evaluate_student(step)

@@ -18,6 +18,14 @@ Mutations of objectives/distributions.py, each applied alone, and a test that th
         test_topk_gradient_is_the_students_alone_and_nan_stays_in_its_place
     forward KL (topk)
         test_expected_gradient_of_topk
+    no floor outside the teacher's K
+        test_expected_gradient_of_topk
+    the floor's teacher not renormalised
+        test_topk_value
+    entropy without a gradient
+        test_expected_gradient_of_topk
+    nan of the teacher in the floor's entropy
+        test_topk_gradient_is_the_students_alone_and_nan_stays_in_its_place
     backward without −KL
         test_expected_gradient_of_full
     sum not rescaled when the maximum rises
@@ -72,13 +80,14 @@ from kdrl_jax.objectives import (
 from kdrl_jax.sharding import BATCH_AXES, make_mesh
 
 K = 3
+LOG_FLOOR = -9.0  # of support "floor" here
 
 
 # --- oracles: closed forms in float64 ------------------------------------------------------------
 
 
 def chosen(student, teacher, support, k):
-    """Ids `[rows, k]`: the student's k likeliest, or the teacher's, of which "tail" is one case."""
+    """Ids `[rows, k]`: the student's k likeliest, or the teacher's, as "tail" and "floor" have."""
     return np.argsort(-(student if support == "student" else teacher), axis=-1)[:, :k]
 
 
@@ -91,8 +100,18 @@ def buckets(logits, ids, support):
     return np.concatenate([inside, rest], -1)
 
 
+def floored(teacher, ids):
+    """Log-probs `[rows, V]` of the truncated teacher: on the ids renormalised, elsewhere ln ε."""
+    out = np.full_like(teacher, LOG_FLOOR)
+    np.put_along_axis(out, ids, buckets(teacher, ids, "teacher"), -1)
+    return out
+
+
 def topk_kl(student, teacher, ids, support):
     """D of each row of the table."""
+    if support == "floor":
+        p = log_softmax(student)
+        return (np.exp(p) * (p - floored(teacher, ids))).sum(-1)
     p, q = (buckets(x, ids, support) for x in (student, teacher))
     return (np.exp(p) * (p - q)).sum(-1)
 
@@ -100,8 +119,12 @@ def topk_kl(student, teacher, ids, support):
 def topk_gradient(student, teacher, ids, support, reach):
     """Σ_s reach(s)·∇D(s). Renormalised: p̂_k·(log p̂_k/q̂_k − D) on the ids and 0 elsewhere.
 
-    With a rest: p_v·(log p_b/q_b − D), b the bucket of v.
+    With a rest: p_v·(log p_b/q_b − D), b the bucket of v. With a floor: p_v·(log p_v/q̂_v − D).
     """
+    if support == "floor":
+        p, q = log_softmax(student), floored(teacher, ids)
+        d = (np.exp(p) * (p - q)).sum(-1, keepdims=True)
+        return reach[:, None] * np.exp(p) * (p - q - d)
     p, q = (buckets(x, ids, support) for x in (student, teacher))
     d = (np.exp(p) * (p - q)).sum(-1, keepdims=True)
     out = np.zeros_like(student)
@@ -140,11 +163,11 @@ def topk_of(student_hidden, teacher_hidden, support, k):
     ids, _ = top_tokens(
         student_hidden if support == "student" else teacher_hidden, head, k, **options
     )
-    of_student, of_teacher = (
-        support_log_probs(x, head, targets, ids, **options)[2]
+    (_, entropy, of_student), (_, _, of_teacher) = (
+        support_log_probs(x, head, targets, ids, **options)
         for x in (student_hidden, teacher_hidden)
     )
-    return topk_divergence(of_student, of_teacher, support)
+    return topk_divergence(of_student, of_teacher, support, entropy=entropy, log_floor=LOG_FLOOR)
 
 
 @jax.jit
@@ -182,6 +205,23 @@ def test_expected_gradient_of_topk(support, off_policy):
     ids = chosen(student, teacher, support, K)
     close(found, topk_gradient(student, teacher, ids, support, prefix_probs(old)))
     assert np.abs(found).max() > 0.01
+
+
+def test_only_the_floor_penalises_what_the_teacher_leaves_out():
+    """A student with half of its mass outside the teacher's K: the paper's form alone sees it."""
+    teacher = np.log([[0.4, 0.3, 0.2, 0.06, 0.04]])
+    inside, outside = (
+        np.log([p]) for p in ([0.4, 0.3, 0.2, 0.06, 0.04], [0.2, 0.15, 0.1, 0.3, 0.25])
+    )
+    found = {}
+    for support in SUPPORTS:
+        ids = chosen(inside, teacher, "teacher", K)
+        found[support] = [topk_kl(x, teacher, ids, support)[0] for x in (inside, outside)]
+        gradient = topk_gradient(outside, teacher, ids, support, np.ones(1))[0]
+        assert (gradient[3:].sum() > 1.0) == (support == "floor")  # pushes them down, and hard
+    assert found["floor"][1] - found["floor"][0] > 3.0
+    assert found["tail"][1] < 1.0
+    assert found["teacher"][1] == pytest.approx(found["teacher"][0], abs=1e-9) == 0
 
 
 @pytest.mark.parametrize("off_policy", [False, True])
@@ -246,14 +286,15 @@ def test_topk_value(support, k):
         jnp.asarray(np.take_along_axis(log_softmax(x), ids, -1), jnp.float32)
         for x in (student, teacher)
     )
-    found = topk_divergence(log_p, log_q, support)
+    entropy = jnp.asarray(-(np.exp(log_softmax(student)) * log_softmax(student)).sum(-1))
+    found = topk_divergence(log_p, log_q, support, entropy=entropy, log_floor=LOG_FLOOR)
     expected = topk_kl(student, teacher, ids, support)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
     if support == "tail":  # the data-processing inequality
         all_ids = np.broadcast_to(np.arange(VOCAB), student.shape)
         assert (expected <= topk_kl(student, teacher, all_ids, "teacher") + 1e-12).all()
         assert (expected > 0).all()
-    elif k == 1:
+    elif k == 1 and support != "floor":
         np.testing.assert_array_equal(found, 0.0)
 
 
@@ -283,7 +324,7 @@ def test_topk_gradient_is_the_students_alone_and_nan_stays_in_its_place(support)
     silent = log_q.at[2, 1].set(jnp.nan)
 
     def total(p, q):
-        d = topk_divergence(p, q, support)
+        d = topk_divergence(p, q, support, entropy=jnp.where(jnp.arange(6) == 2, jnp.nan, 0.5))
         return jnp.where(jnp.isnan(d), 0.0, d).sum(), d
 
     (_, d), (into_student, into_teacher) = jax.value_and_grad(total, (0, 1), has_aux=True)(
@@ -303,6 +344,10 @@ def test_topk_errors():
         topk_divergence(jnp.zeros((2, 3)), jnp.zeros((2, 3)), "both")
     with pytest.raises(ValueError, match=r"^teacher_log_probs: shape \(2, 4\) found; must be \(2"):
         topk_divergence(jnp.zeros((2, 3)), jnp.zeros((2, 4)), "tail")
+    with pytest.raises(ValueError, match=r"^entropy: None found; support 'floor' needs the stud"):
+        topk_divergence(jnp.zeros((2, 3)), jnp.zeros((2, 3)), "floor")
+    with pytest.raises(ValueError, match=r"^entropy: shape \(3,\) found; must be \(2,\)"):
+        topk_divergence(jnp.zeros((2, 3)), jnp.zeros((2, 3)), "floor", entropy=jnp.zeros(3))
 
 
 # --- full ----------------------------------------------------------------------------------------

@@ -205,6 +205,25 @@ def test_off_policy(estimator, oracle, length):
     close(found, oracle(student, teacher, prefix_probs(old)))
 
 
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("off_policy", [False, True])
+def test_k3_clamp(off_policy, length):
+    """The gradient of the tokens whose term is below the bound: Σ π·(1 − e^{−ℓ})·u over these."""
+    student, teacher = table(0, length, 2.0), table(1, length, 2.0)
+    old = table(2, length) if off_policy else student
+    arguments = {"teacher": teacher, "weights": sequence_probs(old, length), "beta": 1.0}
+    arguments |= {"kd_estimator": "k3"} | ({"old": old} if off_policy else {})
+    found = loss_gradient(student, length, k3_clamp=0.5, **arguments)
+    ell = token_values(student, length) - token_values(teacher, length)
+    term = np.exp(-ell) + ell - 1
+    assert 0.1 < (term < 0.5).mean() < 0.9
+    ratio = np.exp(token_values(student, length) - token_values(old, length))
+    slope = ratio * np.where(term < 0.5, 1 - np.exp(-ell), 0.0)
+    close(found, score(student, length, sequence_probs(old, length) * slope))
+    whole = loss_gradient(student, length, **arguments)
+    assert np.abs(found - whole).max() > 0.01
+
+
 def test_off_policy_wrong_forms_are_wrong():
     """½ℓ² without ρ, and with the gradient through ρ, are both biased for the reverse KL."""
     student, teacher, old = table(0, 1), table(1, 1), table(2, 1)

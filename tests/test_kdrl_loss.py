@@ -27,6 +27,7 @@ from kdrl_jax.objectives import (
     kdrl_loss,
     mismatch_kl,
 )
+from kdrl_jax.objectives.divergences import k3
 from kdrl_jax.types import TrainBatch
 
 SHAPE = (4, 6)
@@ -565,6 +566,18 @@ def test_k3_near_zero():
     noisy = np.exp(-ell) + ell - np.float32(1)
     assert np.abs(noisy - exact).max() > 3e-8
     assert noisy.min() < -1e-8
+
+
+def test_k3_clamp_is_that_of_verl():
+    """Value and gradient of clamp(e^{−ℓ} + ℓ − 1, −10, 10): no gradient below −2.61, above 11."""
+    ell = np.array([-30.0, -2.62, -2.60, -1.0, 0.5, 10.9, 11.1, 40.0], np.float32)
+    wide = ell.astype(np.float64)
+    expected = np.minimum(np.exp(-wide) + wide - 1, 10.0)
+    term, gradient = jax.vmap(jax.value_and_grad(lambda x: k3(x, jnp.ones(()), clamp=10.0)))(ell)
+    np.testing.assert_allclose(term, expected, rtol=1e-5)
+    slope = np.where((wide > -2.61) & (wide < 11), 1 - np.exp(-wide), 0.0)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5)
+    np.testing.assert_array_equal(k3(ell, 1.0, clamp=None), k3(ell, 1.0))
 
 
 def test_far_apart_stays_finite():

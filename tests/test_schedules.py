@@ -7,7 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kdrl_jax.objectives import SCHEDULES, Trend, beta_schedule, phase_schedule
+from kdrl_jax.objectives import (
+    SCHEDULES,
+    AdaptiveEntropy,
+    Trend,
+    alpha_schedule,
+    beta_schedule,
+    phase_schedule,
+)
 from kdrl_jax.types import UserError
 
 
@@ -124,6 +131,33 @@ def test_a_resumed_trend_continues_exactly(rng):
 
 
 # --- phases --------------------------------------------------------------------------------------
+
+
+def test_alpha_moves_in_a_line():
+    alpha = alpha_schedule(0.25, 1.0, 30)
+    found = [alpha(step) for step in (0, 10, 20, 30, 1000)]
+    np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1.0, 1.0])
+    assert {alpha_schedule(0.5, 1.0, 0)(step) for step in (0, 7, 10**6)} == {0.5}
+    assert type(alpha(3, Trend())) is float
+
+
+def test_adaptive_entropy_against_a_loop():
+    """Skywork-OR1's rule; the trend goes through JSON, as through a checkpoint."""
+    control = AdaptiveEntropy(start=1e-4, target=0.2, delta=1e-4, max=3e-4)
+    trend, c, found, expected = Trend(), 1e-4, [control.coefficient(Trend())], [1e-4]
+    for entropy in (0.1, 0.1, 0.1, 0.3, 0.2, 0.3, 0.3, 0.3, 0.3, 0.1):
+        trend = Trend(
+            *json.loads(json.dumps(list(control.observe(trend.observe(1.0, 0.5), entropy))))
+        )
+        found.append(control.coefficient(trend))
+        c += 1e-4 if entropy < 0.2 else -1e-4 if entropy > 0.2 else 0.0
+        c = min(max(c, 0.0), 3e-4)
+        expected.append(c if entropy <= 0.2 else 0.0)
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    assert max(found) == pytest.approx(3e-4)
+    constant = AdaptiveEntropy(start=1e-3, target=0.0, delta=1e-4, max=5e-3)
+    assert constant.observe(trend, 0.1) is trend
+    assert constant.coefficient(Trend()) == 1e-3
 
 
 def test_phases():

@@ -14,6 +14,7 @@ from kdrl_jax.config import digest
 from kdrl_jax.data import Tokenizer, encode_prompts
 from kdrl_jax.evaluation.benchmarks import Benchmark, Loaded, refused_golds
 from kdrl_jax.rewards import Grader
+from kdrl_jax.training.evaluation import eval_tokens
 from kdrl_jax.training.storage import write_atomic
 from kdrl_jax.training.validation import differences
 from kdrl_jax.types import Problem, UserError
@@ -90,7 +91,7 @@ def make_plan(
       UserError: a prompt leaves too little of the window for a response, or no gold answer can be
         graded.
     """
-    benchmark, length = loaded.benchmark, config.rollout.max_new_tokens
+    benchmark, length = loaded.benchmark, eval_tokens(config)
     style, problems = config.data.prompt_style, loaded.problems[:limit]
     lost = refused_golds(problems, grader)
     encoded, _ = encode_prompts(problems, tokenizer, style, sys.maxsize)
@@ -100,8 +101,9 @@ def make_plan(
         raise UserError(f"{benchmark.name}: {lost[0]}, like all others; mend the answers")
     longest = max(questions, key=lambda q: len(q.prompt))
     if len(longest.prompt) + length > window:
+        key = "eval" if config.eval.max_new_tokens else "rollout"
         raise UserError(
-            f"rollout.max_new_tokens: {length} and the {len(longest.prompt)} tokens of the prompt "
+            f"{key}.max_new_tokens: {length} and the {len(longest.prompt)} tokens of the prompt "
             f"{longest.problem.id} ({benchmark.name}) exceed the model's window of {window}; "
             "lower it"
         )
@@ -118,10 +120,11 @@ def make_plan(
             "problems": digest(asked),
             "samples": k,
             "temperature": config.eval.temperature,
+            "top_p": config.eval.top_p,
             "max_new_tokens": length,
             "prompt_style": style,
             "answer": config.reward.answer,
-            "require_format": config.reward.require_format,
+            "require_format": config.eval.require_format,
             "timeout_s": config.reward.timeout_s,
             "dtype": config.student.dtype,
             "seed": config.seed,

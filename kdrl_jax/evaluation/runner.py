@@ -30,6 +30,8 @@ def ask(
     samples: int,
     batch: int,
     temperature: float,
+    top_p: float,
+    require_format: bool,
     seed: int,
 ) -> list[Row]:
     """Sample and grade responses to every question; all of them, old and new, question by question.
@@ -58,6 +60,7 @@ def ask(
         tokenizer.stop_ids,
         max_new_tokens=engine.max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
     )
     done = len(rows) // samples
     with (
@@ -78,8 +81,9 @@ def ask(
                     progress=responses.drawn,
                 )
             problems = [q.problem for q in asked]
-            verdicts = grade_all(grader, said.texts, problems)
-            new = _rows(problems, said, verdicts, samples, grader.answers(said.texts))
+            verdicts = grade_all(grader, said.texts, problems, require_format=require_format)
+            answers = grader.answers(said.texts, require_format=require_format)
+            new = _rows(problems, said, verdicts, samples, answers)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             file.flush()
             rows += new

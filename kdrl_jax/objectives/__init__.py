@@ -37,8 +37,10 @@ from kdrl_jax.objectives.policy import clipped_surrogate, importance_ratio, mism
 from kdrl_jax.objectives.rewards import overlong_penalty, shaped_rewards
 from kdrl_jax.objectives.schedules import (
     SCHEDULES,
+    AdaptiveEntropy,
     Schedule,
     Trend,
+    alpha_schedule,
     beta_schedule,
     phase_schedule,
 )
@@ -53,11 +55,13 @@ __all__ = [
     "METHODS",
     "SCHEDULES",
     "SUPPORTS",
+    "AdaptiveEntropy",
     "Method",
     "Schedule",
     "TokenBatch",
     "TokenScores",
     "Trend",
+    "alpha_schedule",
     "beta_schedule",
     "clipped_surrogate",
     "estimator",

@@ -21,8 +21,11 @@ from kdrl_jax.objectives._checks import require_name, require_shape
 from kdrl_jax.objectives._chunks import Plan, by_shard, cut, join, make_plan, require_head
 from kdrl_jax.sharding import constrain
 
-Support = Literal["teacher", "student", "tail"]
-SUPPORTS: tuple[Support, ...] = ("teacher", "student", "tail")
+Support = Literal["teacher", "student", "tail", "floor"]
+SUPPORTS: tuple[Support, ...] = ("teacher", "student", "tail", "floor")
+
+LOG_FLOOR = math.log(1e-8)
+"""Log-prob, in nats, of an id that the truncated teacher leaves out; support "floor"."""
 
 MIN_REST = 1e-6
 """Mass beyond the K ids that float32 sums can still tell from 0."""
@@ -32,28 +35,38 @@ def topk_divergence(
     student_log_probs: Float[Array, "... K"],
     teacher_log_probs: Float[Array, "... K"],
     support: Support = "teacher",
+    *,
+    entropy: Float[Array, "..."] | None = None,
+    log_floor: float = LOG_FLOOR,
 ) -> Float[Array, "..."]:
-    """Reverse KL over K ids of each position; arXiv 2506.02208 appendix A.3.
+    """Returns the reverse KL to a teacher that is known at K ids of each position.
 
-        teacher, student   Σ_k p̂_k·log(p̂_k/q̂_k)     p̂, q̂ renormalised over the K ids
+        floor              −H(p) − Σ_k p_k·log q̂_k − (1 − Σ_k p_k)·ln ε
+        teacher, student   Σ_k p̂_k·log(p̂_k/q̂_k)
         tail               Σ_k p_k·log(p_k/q_k) + p_r·log(p_r/q_r)     r: all other ids at once
 
-    Outside the teacher's K likeliest ids the paper's truncated teacher is 0 and the reverse KL
-    infinite, hence the two ways out: to look at the K alone, or to put the rest into one bucket.
-    "tail" is a lower bound of the full KL; all three are the full KL where K is the whole
-    vocabulary. "teacher" says nothing of what the student does beyond the teacher's K.
+    p̂ and q̂ are renormalised over the K ids. "floor" is the Top-K of arXiv 2506.02208, appendix
+    A.3: the teacher's logits outside its K are −∞ there, and the student keeps its whole
+    vocabulary. The reverse KL to it is infinite, so the teacher gets the small probability ε
+    outside its K: each such token is penalised by −ln ε nats. The other three supports take that
+    penalty away: "teacher" and "student" compare the K ids alone, and "tail" puts the rest into
+    one bucket, which makes it a lower bound of the full KL. All four are the full KL where K is the
+    whole vocabulary.
 
     Args:
       student_log_probs: `[..., K]` in nats, normalised over the whole vocabulary; differentiable.
       teacher_log_probs: `[..., K]` of the same ids; no gradient.
       support: whose K likeliest ids these are, "teacher" or "student" (one formula: the caller
-        has chosen them), or "tail", for ids of either; static.
+        has chosen them), "tail" for ids of either, or "floor" for the teacher's; static.
+      entropy: H(p) `[...]` of the student over the whole vocabulary, in nats, differentiable;
+        "floor" needs it, the others do not read it.
+      log_floor: ln ε of "floor", in nats, below 0.
 
     Returns:
       D `[...]`. Where a log-prob of the teacher is nan, nan without gradient: mask it there.
 
     Raises:
-      ValueError: shapes differ, or `support` is unknown.
+      ValueError: shapes differ, `support` is unknown, or "floor" has no entropy.
     """
     require_name("support", support, SUPPORTS)
     shape = jnp.shape(student_log_probs)
@@ -62,6 +75,14 @@ def topk_divergence(
     silent = jnp.isnan(teacher).any(-1)
     student = jnp.where(silent[..., None], 0.0, jnp.asarray(student_log_probs))
     teacher = jnp.where(silent[..., None], 0.0, teacher)
+    if support == "floor":
+        if entropy is None:
+            raise ValueError("entropy: None found; support 'floor' needs the student's entropy")
+        require_shape(shape[:-1], "student_log_probs without K", entropy=entropy)
+        entropy = jnp.where(silent, 0.0, entropy)
+        cross = (jnp.exp(student) * jax.nn.log_softmax(teacher)).sum(-1)
+        cross += _rest_mass(jax.nn.logsumexp(student, axis=-1)) * log_floor
+        return jnp.where(silent, jnp.nan, -entropy - cross)
     rest: Any = 0.0
     if support == "tail":
         rest = _rest_term(student, teacher)
@@ -71,14 +92,21 @@ def topk_divergence(
     return jnp.where(silent, jnp.nan, inside + rest)
 
 
-def _rest_term(student: Float[Array, "... K"], teacher: Float[Array, "... K"]) -> Array:
-    """p_r·log(p_r/q_r) of the mass beyond the ids; 0 where the student has none there."""
-    log_inside, log_inside_q = (jax.nn.logsumexp(x, axis=-1) for x in (student, teacher))
+def _rest_mass(log_inside: Float[Array, "..."]) -> Array:
+    """Returns 1 − e^log_inside by expm1; 0, without a gradient, where it is below MIN_REST."""
     some = log_inside < -MIN_REST
-    # 1 − e^x by expm1, at arguments that keep value and gradient finite.
-    rest = -jnp.expm1(jnp.where(some, log_inside, -1.0))
+    # An argument that keeps value and gradient finite.
+    return jnp.where(some, -jnp.expm1(jnp.where(some, log_inside, -1.0)), 0.0)
+
+
+def _rest_term(student: Float[Array, "... K"], teacher: Float[Array, "... K"]) -> Array:
+    """Returns p_r·log(p_r/q_r) of the mass beyond the ids; 0 where the student has none there."""
+    log_inside, log_inside_q = (jax.nn.logsumexp(x, axis=-1) for x in (student, teacher))
+    rest = _rest_mass(log_inside)
     rest_q = -jnp.expm1(jnp.minimum(log_inside_q, -MIN_REST))
-    return jnp.where(some, rest * (jnp.log(rest) - jnp.log(rest_q)), 0.0)
+    some = rest > 0
+    log_rest = jnp.log(jnp.where(some, rest, 1.0))
+    return jnp.where(some, rest * (log_rest - jnp.log(rest_q)), 0.0)
 
 
 class _Blocks(NamedTuple):

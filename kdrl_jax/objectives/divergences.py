@@ -58,21 +58,28 @@ def k2(teacher_log_ratio: Tokens, ratio: Tokens) -> Tokens:
     return jax.lax.stop_gradient(ratio) * 0.5 * jnp.square(teacher_log_ratio)
 
 
-def k3(teacher_log_ratio: Tokens, ratio: Tokens) -> Tokens:
+def k3(teacher_log_ratio: Tokens, ratio: Tokens, clamp: float | None = None) -> Tokens:
     """sg(ρ)·(e^{−ℓ} + ℓ − 1). As a loss its gradient is that of the *forward* KL(π_T‖π_θ).
 
     By expm1: e^{−ℓ} − 1 taken apart loses every digit near ℓ = 0. The exponent stops at
     MAX_LOG_RATIO, where the term is 5e8 nats already, so that float32 stays finite.
 
+    verl's `low_var_kl`, which is the name that arXiv 2506.02208 gives to k3, bounds the term by 10.
+    The gradient is then exactly 0 where ℓ < −2.61 or ℓ > 11, so the tokens that the teacher likes
+    most and the student least are not learnt.
+
     Args:
       teacher_log_ratio: ℓ `[...]` in nats, differentiable.
       ratio: ρ `[...]`.
+      clamp: the most that e^{−ℓ} + ℓ − 1 may be, in nats, without a gradient there; None: no bound.
 
     Returns:
       The term `[...]`, never negative up to rounding.
     """
-    excess = jnp.expm1(jnp.minimum(-teacher_log_ratio, MAX_LOG_RATIO))
-    return jax.lax.stop_gradient(ratio) * (excess + teacher_log_ratio)
+    term = jnp.expm1(jnp.minimum(-teacher_log_ratio, MAX_LOG_RATIO)) + teacher_log_ratio
+    if clamp is not None:
+        term = jnp.where(term < clamp, term, clamp)
+    return jax.lax.stop_gradient(ratio) * term
 
 
 Estimator = Callable[[Tokens, Tokens], Tokens]

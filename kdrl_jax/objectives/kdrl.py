@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax.numpy as jnp
 
 from kdrl_jax.objectives._terms import (
@@ -16,7 +18,7 @@ from kdrl_jax.objectives._terms import (
     scalar,
     truncated_weights,
 )
-from kdrl_jax.objectives.divergences import DISTRIBUTION_ESTIMATORS, Estimator, estimator
+from kdrl_jax.objectives.divergences import DISTRIBUTION_ESTIMATORS, Estimator, estimator, k3
 from kdrl_jax.objectives.policy import Epsilon, clipped_surrogate, importance_ratio
 
 
@@ -27,6 +29,7 @@ def kdrl_loss(
     beta: float | Scalar,
     kd_estimator: str = "k2",
     kd_divergence: Tokens | None = None,
+    k3_clamp: float | None = None,
     clip_eps_low: Epsilon = None,
     clip_eps_high: Epsilon = None,
     policy_coef: float | Scalar = 1.0,
@@ -70,6 +73,7 @@ def kdrl_loss(
         "topk" or "full", from distributions; static.
       kd_divergence: D of "topk" and "full", in nats, differentiable, of the shape of log_probs;
         see `distributions`. No ratio multiplies it: its expectation over the next token is exact.
+      k3_clamp: the bound of "k3" in nats, see `divergences.k3`; None: none. Static.
       clip_eps_low, clip_eps_high: ε ≥ 0, scalars, may be traced; None leaves that side open.
       policy_coef: a, a scalar; may be traced. 0 is distillation alone.
       reference_coef: β_ref, a scalar; may be traced.
@@ -96,7 +100,7 @@ def kdrl_loss(
         "full" with a teacher but no kd_divergence, or another estimator with one; a coefficient
         without what it weighs.
     """
-    kd_term = _kd_term(kd_estimator, kd_divergence, batch)
+    kd_term = _kd_term(kd_estimator, kd_divergence, batch, k3_clamp)
     inputs = read_batch(
         log_probs,
         batch,
@@ -149,7 +153,9 @@ def kdrl_loss(
     )
 
 
-def _kd_term(name: str, kd_divergence: Tokens | None, batch: TokenBatch) -> Estimator | None:
+def _kd_term(
+    name: str, kd_divergence: Tokens | None, batch: TokenBatch, k3_clamp: float | None
+) -> Estimator | None:
     """The estimator from log-probs of a name, None for those from distributions."""
     if name not in DISTRIBUTION_ESTIMATORS:
         if kd_divergence is not None:
@@ -157,7 +163,8 @@ def _kd_term(name: str, kd_divergence: Tokens | None, batch: TokenBatch) -> Esti
                 f"kd_divergence: given with kd_estimator {name!r}, which reads the teacher's "
                 f"log-probs; use it with {' or '.join(DISTRIBUTION_ESTIMATORS)}"
             )
-        return estimator(name)
+        found = estimator(name)
+        return functools.partial(k3, clamp=k3_clamp) if name == "k3" else found
     if kd_divergence is None and batch.teacher_log_probs is not None:
         raise ValueError(
             f"kd_divergence: None found; kd_estimator {name!r} needs the teacher's distribution, "

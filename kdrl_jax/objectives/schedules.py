@@ -34,9 +34,13 @@ class Trend(NamedTuple):
     """Moving averages of the mean reward, both from its first value on."""
     stalled: float = 0.0
     """Number of observations, from the second on, after which reward_fast ≤ reward_slow."""
+    entropy: float = 0.0
+    """Of the last observation, nats per token."""
+    entropy_raise: float = 0.0
+    """What `AdaptiveEntropy` has added to the coefficient of the entropy bonus."""
 
     def observe(self, kl: float, reward: float) -> Trend:
-        """The trend after one more step.
+        """The trend after one more step; entropy and entropy_raise stay.
 
         Args:
           kl: KL(student‖teacher) measured in this step, nats per token ("kl/teacher").
@@ -44,16 +48,17 @@ class Trend(NamedTuple):
         """
         kl, reward = float(kl), float(reward)
         if not self.steps:
-            return Trend(1.0, kl, kl, reward, reward, 0.0)
+            return self._replace(
+                steps=1.0, kl_first=kl, kl=kl, reward_fast=reward, reward_slow=reward
+            )
         fast = self.reward_fast + FAST * (reward - self.reward_fast)
         slow = self.reward_slow + SLOW * (reward - self.reward_slow)
-        return Trend(
-            self.steps + 1,
-            self.kl_first,
-            self.kl + FAST * (kl - self.kl),
-            fast,
-            slow,
-            self.stalled + (fast <= slow),
+        return self._replace(
+            steps=self.steps + 1,
+            kl=self.kl + FAST * (kl - self.kl),
+            reward_fast=fast,
+            reward_slow=slow,
+            stalled=self.stalled + (fast <= slow),
         )
 
 
@@ -184,6 +189,49 @@ def phase_schedule(phases: Phases, default: float = 1.0, *, key: str = "policy_p
     if problems := _phase_problems(key, phases):
         raise UserError(*problems)
     return _piecewise(phases or ((0, default),))
+
+
+def alpha_schedule(alpha: float, alpha_end: float, alpha_steps: int) -> Schedule:
+    """Returns the α of TRRD by step: alpha → alpha_end in a straight line, then alpha_end.
+
+    Args:
+      alpha_steps: of the line; 0: α is `alpha` throughout.
+    """
+
+    def at(step: int, trend: Trend | None = None) -> float:
+        done = min(step / alpha_steps, 1.0) if alpha_steps else 0.0
+        return float(alpha + done * (alpha_end - alpha))
+
+    return at
+
+
+class AdaptiveEntropy(NamedTuple):
+    """The coefficient of the entropy bonus by the entropy (Skywork-OR1, arXiv 2505.22312).
+
+    c_{k+1} = clip(c_k ± delta, 0, max)     + where the entropy of step k was below target
+    coefficient of step k+1 = c_{k+1} where it was at most target, else 0
+    """
+
+    start: float
+    """c_0."""
+    target: float
+    """Nats per token; 0: the coefficient is `start` throughout."""
+    delta: float
+    max: float
+
+    def coefficient(self, trend: Trend) -> float:
+        """Returns the coefficient of the next step."""
+        if self.target and trend.steps and trend.entropy > self.target:
+            return 0.0
+        return self.start + trend.entropy_raise
+
+    def observe(self, trend: Trend, entropy: float) -> Trend:
+        """Returns the trend after a step of that entropy, nats per token."""
+        if not self.target:
+            return trend
+        sign = (entropy < self.target) - (entropy > self.target)
+        c = min(max(self.start + trend.entropy_raise + sign * self.delta, 0.0), self.max)
+        return trend._replace(entropy=float(entropy), entropy_raise=c - self.start)
 
 
 def _piecewise(phases: Phases) -> Schedule:

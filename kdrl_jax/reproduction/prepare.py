@@ -18,7 +18,7 @@ from kdrl_jax.reproduction.grid import Cell, Grid
 from kdrl_jax.reproduction.runner import Job, read_json
 from kdrl_jax.rollout import RolloutEngine
 from kdrl_jax.training.display import Display
-from kdrl_jax.training.evaluation import evaluate
+from kdrl_jax.training.evaluation import eval_settings, eval_tokens, evaluate
 from kdrl_jax.training.meshes import make_meshes
 from kdrl_jax.training.problems import load_run_tokenizer, make_grader, read_run_data
 from kdrl_jax.training.roles import build_role, check_roles
@@ -77,7 +77,7 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
             prompt_buckets=prompt_lengths(
                 config.data.prompt_buckets, config.data.max_prompt_tokens
             ),
-            max_new_tokens=config.rollout.max_new_tokens,
+            max_new_tokens=eval_tokens(config),
             slots=config.rollout.slots,
             mesh=meshes.rollout,
         )
@@ -88,8 +88,7 @@ def prepare(cells: Sequence[Cell], task: str, output: Path) -> None:
                 held_out,
                 tokenizer,
                 grader,
-                **{key: config.eval[key] for key in ("samples", "batch", "temperature")},
-                seed=config.seed,
+                **eval_settings(config),
             )
         write_atomic(output / "prepared" / task / f"{name}.json", json.dumps(scores) + "\n")
         display.say(f"{task}: held-out accuracy of the {name} {scores['eval/accuracy']:.3f}")

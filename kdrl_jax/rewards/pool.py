@@ -141,6 +141,8 @@ class Grader:
         responses: Sequence[str],
         answers: Sequence[str],
         metas: Sequence[dict[str, Any]] | None = None,
+        *,
+        require_format: bool | None = None,
     ) -> list[Verdict]:
         """One verdict for each response, in order.
 
@@ -148,6 +150,7 @@ class Grader:
           responses: completions without the end token.
           answers: the gold answer of each; LaTeX without dollar signs, or plain text.
           metas: the `meta` of each problem, for a `verify` that looks at it; default {}.
+          require_format: default: the grader's.
 
         Returns:
           Verdicts with reward 1 for "correct" and 0 for "wrong", "unparsable" (empty, unreadable,
@@ -164,7 +167,8 @@ class Grader:
         if not len(responses) == len(answers) == len(metas):
             counts = f"{len(responses)} responses but {len(answers)} answers and {len(metas)} metas"
             raise ValueError(counts)
-        return self._judge(self._find(responses), answers, metas)
+        required = self.require_format if require_format is None else require_format
+        return self._judge(self._find(responses, required), answers, metas, required)
 
     def grade_golds(self, golds: Sequence[str]) -> list[Verdict]:
         """Returns the verdicts on responses that answer with the gold answer itself, in the format.
@@ -174,15 +178,27 @@ class Grader:
         """
         if self.form in FORMS:
             return self.grade([as_response(gold, str(self.form)) for gold in golds], golds)
-        return self._judge([(gold, None) for gold in golds], golds, [{}] * len(golds))
+        found: list[Found] = [(gold, None) for gold in golds]
+        return self._judge(found, golds, [{}] * len(golds), self.require_format)
 
-    def answers(self, responses: Sequence[str]) -> list[str | None]:
-        """Returns the answer of each response, None where it has none that can be graded."""
-        return [answer for answer, _ in self._find(responses)]
+    def answers(
+        self, responses: Sequence[str], *, require_format: bool | None = None
+    ) -> list[str | None]:
+        """Returns the answer of each response, None where it has none that can be graded.
 
-    def _find(self, responses: Sequence[str]) -> list[Found]:
-        """Returns the answers, by worker processes where a name says what finds them."""
-        form, required = self.form, self.require_format
+        Args:
+          require_format: default: the grader's.
+        """
+        required = self.require_format if require_format is None else require_format
+        return [answer for answer, _ in self._find(responses, required)]
+
+    def _find(self, responses: Sequence[str], required: bool) -> list[Found]:
+        """Returns the answers, by worker processes where a name says what finds them.
+
+        Args:
+          required: whether a response without the format has no answer.
+        """
+        form = self.form
         if isinstance(form, str) and form in FORMS:
             read = functools.partial(final_answer, require_format=required, form=form)
             return [(read(response), None) for response in responses]
@@ -198,7 +214,11 @@ class Grader:
         return [found[part] for part in parts]
 
     def _judge(
-        self, found: Sequence[Found], golds: Sequence[str], metas: Sequence[dict[str, Any]]
+        self,
+        found: Sequence[Found],
+        golds: Sequence[str],
+        metas: Sequence[dict[str, Any]],
+        required: bool,
     ) -> list[Verdict]:
         """Returns the verdicts on answers, by worker processes as far as they need one."""
         outcomes: list[Outcome | None] = []
@@ -207,7 +227,7 @@ class Grader:
             outcome: Outcome | None
             pair: Request = ()
             if answer is None:
-                outcome = failed or ("format" if self.require_format else "unparsable")
+                outcome = failed or ("format" if required else "unparsable")
             elif self.verify is None:
                 outcome, pair = _decide(answer, gold, as_text=self.form == "text")
             else:

@@ -59,7 +59,8 @@ class ServerEngine:
       stop_ids: its end tokens, for config.json.
       valid_vocab: only ids below it may be drawn, the ids the tokenizer knows.
       prompt_buckets: the padded prompt lengths there may be.
-      max_new_tokens: T, the completion slots; the end token takes one.
+      max_new_tokens: T, the completion slots, more where a call asks for more; the end token takes
+        one.
 
     Attributes:
       last: what the last `generate` did; how often the server ran its model is not known, so
@@ -127,7 +128,8 @@ class ServerEngine:
         for number in (p * shape[1] + g for p in problems for g in range(shape[1])):
             if processes.mine(number):
                 places.setdefault(requests[number], []).append(number)
-        found = _Found(prompts, shape, self.max_new_tokens)
+        longest = max(request.limit for request in requests)
+        found = _Found(prompts, shape, max(self.max_new_tokens, longest))
         asked = list(places)
         asks = [self.dialect.draw(request, drawing) for request in asked]
         losses = self.server.losses
@@ -207,7 +209,7 @@ class ServerEngine:
         """The P·G requests, problem by problem."""
         problems, group = request_keys.shape
         limits, keys = jax.device_get((sampling.max_new_tokens, jax.random.key_data(request_keys)))
-        limits = np.clip(np.broadcast_to(limits, (problems, group)), 1, self.max_new_tokens)
+        limits = np.maximum(np.broadcast_to(limits, (problems, group)), 1)
         return [
             Request(
                 tuple(prompts.tokens[p, prompts.tokens.shape[1] - prompts.lengths[p] :].tolist()),

@@ -94,7 +94,7 @@ def _model_problems(engine: ServerEngine, wanted: Wanted) -> list[str]:
         return [
             f"rollout.max_new_tokens: with the prompt up to {wanted.longest} tokens, but {url} "
             f"takes {limit}; start it with a longer context (--max-model-len, --context-length), "
-            "or lower rollout.max_new_tokens"
+            "or lower rollout.max_new_tokens and eval.max_new_tokens"
         ]
     return []
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
 from kdrl_jax import processes
 from kdrl_jax.data import Tokenizer, pad_prompts
@@ -51,16 +52,53 @@ def completion_texts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
     return [tokenizer.decode(row[:n].tolist()) for row, n in zip(flat, keep, strict=True)]
 
 
-def grade_all(grader: Grader, texts: Sequence[str], problems: Sequence[Problem]) -> list[Verdict]:
+def eval_tokens(config: ConfigDict) -> int:
+    """Returns how many tokens a response of an evaluation may have."""
+    return config.eval.max_new_tokens or config.rollout.max_new_tokens
+
+
+def eval_settings(config: ConfigDict) -> dict[str, Any]:
+    """Returns the keyword arguments of `evaluate` that a config has."""
+    keys = ("samples", "batch", "temperature", "top_p", "require_format")
+    found = {key: config.eval[key] for key in keys}
+    return {**found, "max_new_tokens": eval_tokens(config), "seed": config.seed}
+
+
+def eval_slots(slots: int, longest: int, rollout_tokens: int, budget: int) -> int:
+    """Returns how many responses of `budget` tokens have room where `slots` rollouts have it.
+
+    Args:
+      slots: requests that are decoded at once, 1 or more.
+      longest: tokens of the longest prompt.
+      rollout_tokens: of a rollout.
+    """
+    if budget <= rollout_tokens:
+        return slots
+    return max(1, slots * (longest + rollout_tokens) // (longest + budget))
+
+
+def grade_all(
+    grader: Grader,
+    texts: Sequence[str],
+    problems: Sequence[Problem],
+    *,
+    require_format: bool | None = None,
+) -> list[Verdict]:
     """Verdicts on G responses to each of P problems, `texts` being P·G, problem by problem.
 
     Of several processes each verifies its share; all of them must call.
+
+    Args:
+      require_format: default: the grader's.
     """
     each = [problem for problem in problems for _ in range(len(texts) // len(problems))]
     own = [number for number in range(len(texts)) if processes.mine(number)]
     asked = [each[number] for number in own]
     found = grader.grade(
-        [texts[number] for number in own], [p.answer for p in asked], [p.meta for p in asked]
+        [texts[number] for number in own],
+        [p.answer for p in asked],
+        [p.meta for p in asked],
+        require_format=require_format,
     )
     return share_verdicts(dict(zip(own, found, strict=True)), len(texts))
 
@@ -136,18 +174,22 @@ def evaluate(
     samples: int,
     batch: int,
     temperature: float,
+    top_p: float,
+    max_new_tokens: int,
+    require_format: bool,
     seed: int,
     progress: Callable[[int, int], Any] = lambda finished, total: None,
 ) -> tuple[dict[str, float], list[Verdict]]:
     """`eval/…` metrics: means over problems and samples, and the verdicts.
 
     Args:
+      max_new_tokens: of a response, at most the engine's.
       progress: called now and then with how many responses there are, and are to be.
 
     Returns:
-      accuracy (mean reward), length in tokens, and the shares of all responses that were cut by
-      the limit (truncated_frac) and that were cut while they repeated themselves
-      (repetition_frac).
+      accuracy (mean verdict), length in tokens, the shares of all responses that were cut by the
+      limit (truncated_frac) and that were cut while they repeated themselves (repetition_frac),
+      and, where any was cut, the share of the cut ones that did (overlong_repetition_frac).
     """
     batch, total = min(batch, len(problems)), len(problems) * samples
     verdicts: list[Verdict] = []
@@ -157,8 +199,9 @@ def evaluate(
     sampling = sampling_params(
         (batch, samples),
         tokenizer.stop_ids,
-        max_new_tokens=engine.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         temperature=temperature,
+        top_p=top_p,
     )
     for start in range(0, len(problems), batch):
         asked = problems[start : start + batch]
@@ -170,7 +213,8 @@ def evaluate(
         said = respond(
             engine, params, prompts, numbers, tokenizer, sampling, seed=seed, progress=drawn
         )
-        verdicts += grade_all(grader, said.texts, [problem for problem, _ in asked])
+        graded = [problem for problem, _ in asked]
+        verdicts += grade_all(grader, said.texts, graded, require_format=require_format)
         lengths += said.lengths
         cut += said.cut
         repeating += said.repeats
@@ -179,4 +223,5 @@ def evaluate(
         "eval/length": float(np.mean(lengths)),
         "eval/truncated_frac": float(np.mean(cut)),
         "eval/repetition_frac": float(np.mean(repeating)),
+        **({"eval/overlong_repetition_frac": sum(repeating) / sum(cut)} if any(cut) else {}),
     }, verdicts

@@ -16,7 +16,13 @@ from ml_collections import ConfigDict
 
 from kdrl_jax.models import Decoder
 from kdrl_jax.models.lora import join
-from kdrl_jax.objectives import Trend, beta_schedule, phase_schedule
+from kdrl_jax.objectives import (
+    AdaptiveEntropy,
+    Trend,
+    alpha_schedule,
+    beta_schedule,
+    phase_schedule,
+)
 from kdrl_jax.sharding import in_memory, put, put_batch, replicated
 from kdrl_jax.training.batch import Rows, build_batch, rollout_rows
 from kdrl_jax.training.checks import Checks
@@ -119,6 +125,8 @@ class Learner:
             ratio=method.ratio,
             kd_estimator=config.kd_estimator,
             support=config.kd_topk.support,
+            log_floor=config.kd_topk.log_floor,
+            k3_clamp=config.k3_clamp or None,
             clamp_gradient=config.trrd.clamp_gradient,
             tis=config.tis_cap > 0,
             own_rollouts=method.sampler == "student",
@@ -135,6 +143,10 @@ class Learner:
         )
         self._probe = TeacherProbe(make_loss(student, objective=objective, **head), mesh, parts)
         self._beta = beta_schedule(**config.beta.to_dict())
+        self._alpha = alpha_schedule(
+            config.trrd.alpha, config.trrd.alpha_end, config.trrd.alpha_steps
+        )
+        self._entropy = AdaptiveEntropy(config.entropy_coef, **config.adaptive_entropy)
         self._policy_coef = phase_schedule(config.policy_phases, 1.0)
 
     def _whole_head(self, teacher: Weights) -> Array:
@@ -159,11 +171,23 @@ class Learner:
             beta=self.beta(step, trend),
             policy_coef=float(self._policy_coef(step, trend)),
             temperature=self._sizes.logprob_temperature,
-            alpha=c.trrd.alpha,
+            alpha=float(self._alpha(step, trend)),
             clamp=c.trrd.clamp,
-            **{key: c[key] for key in ("clip_eps_low", "clip_eps_high", "entropy_coef")},
+            entropy_coef=self._entropy.coefficient(trend),
+            **{key: c[key] for key in ("clip_eps_low", "clip_eps_high")},
             **{key: c[key] for key in ("reference_coef", "tis_cap")},
         )
+
+    def scheduled(self, step: int, trend: Trend) -> dict[str, float]:
+        """Returns the metrics that a schedule has set: "beta", and what else is not constant."""
+        found = {"beta": self.beta(step, trend)}
+        if self._config.trrd.alpha_steps and self._sizes.method.ratio == "trrd":
+            found["alpha"] = float(self._alpha(step, trend))
+        if self._config.policy_phases:
+            found["policy_coef"] = float(self._policy_coef(step, trend))
+        if self._entropy.target:
+            found["entropy/coef"] = self._entropy.coefficient(trend)
+        return found
 
     def rows(self, rollouts: Rollouts, placed: Rollouts) -> Rows:
         """What models are to read of a step's rollouts, on the devices.

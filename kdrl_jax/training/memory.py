@@ -16,6 +16,7 @@ from kdrl_jax.data import prompt_lengths
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.rollout.engine import chunk_size
 from kdrl_jax.rollout.schedule import choose_window, window_sizes
+from kdrl_jax.training.evaluation import eval_slots
 from kdrl_jax.training.footprint import F32, Placed
 from kdrl_jax.training.meshes import Meshes
 from kdrl_jax.training.scoring import scoring_chunk
@@ -142,7 +143,7 @@ class Planner:
             del phases["rollout"]
         elif config.eval.every:
             asked = (config.eval.batch, config.eval.samples)
-            phases["eval"] = self._sampling(self._sampler, *asked, levers)
+            phases["eval"] = self._sampling(self._sampler, *asked, self._evaluating(levers))
         return Plan({name: parts for name, parts in phases.items() if parts})
 
     def resident(self, where: str = "student") -> Parts:
@@ -159,6 +160,14 @@ class Planner:
         if self._full:  # replicated on the student's mesh
             parts["teacher's head"] = self._full.table(self._full.width) * self._full.tensor
         return parts
+
+    def _evaluating(self, levers: Levers) -> Levers:
+        """Returns the levers of the engine that evaluates: see `eval_slots`."""
+        budget, drawn = self.config.eval.max_new_tokens, levers.max_new_tokens
+        if budget <= drawn:
+            return levers
+        slots = eval_slots(levers.slots, self._buckets[-1], drawn, budget)
+        return dataclasses.replace(levers, slots=slots, max_new_tokens=budget)
 
     def _row(self, levers: Levers) -> int:
         return self._buckets[-1] + levers.max_new_tokens

@@ -113,16 +113,20 @@ def check_shapes(
     Args:
       weights: whether the models' weights must be in their folders; a plan does without.
     """
-    window = config.data.max_prompt_tokens + config.rollout.max_new_tokens
+    budgets = {"rollout.max_new_tokens": config.rollout.max_new_tokens}
+    if config.eval.every:  # by the student alone
+        budgets["eval.max_new_tokens"] = config.eval.max_new_tokens
+    window = config.data.max_prompt_tokens + max(budgets.values())
     roles = ["student", "teacher"] if sizes.method.uses_teacher else ["student"]
     shapes = {name: model_config(config[name], ids, window) for name in roles}
     problems: list[str] = []
     for name, shape in shapes.items():
-        if window > shape.max_positions:
-            problems.append(
-                f"data.max_prompt_tokens + rollout.max_new_tokens: {window} exceeds the {name}'s "
-                f"window of {shape.max_positions}; lower one of them"
-            )
+        for key, budget in budgets.items() if name == "student" else [*budgets.items()][:1]:
+            if (length := config.data.max_prompt_tokens + budget) > shape.max_positions:
+                problems.append(
+                    f"data.max_prompt_tokens + {key}: {length} exceeds the {name}'s "
+                    f"window of {shape.max_positions}; lower one of them"
+                )
         if ids > shape.vocab_size:
             key = "path" if config[name].path else "shape.vocab_size"
             problems.append(

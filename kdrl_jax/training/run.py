@@ -20,7 +20,7 @@ from kdrl_jax import processes
 from kdrl_jax.config import to_json
 from kdrl_jax.data import Tokenizer
 from kdrl_jax.models import ModelConfig
-from kdrl_jax.objectives import METHODS, Trend
+from kdrl_jax.objectives import METHODS, AdaptiveEntropy, Trend
 from kdrl_jax.training.adapters import FILE as BASE_FILE
 from kdrl_jax.training.checkpoints import CheckpointStore, stored_steps
 from kdrl_jax.training.collect import Collected
@@ -115,6 +115,7 @@ class Run:
         meter: Meter,
     ):
         self._data, self.trend, self._health = data, trend, health
+        self._entropy = AdaptiveEntropy(config.entropy_coef, **config.adaptive_entropy)
         self._memory, self._meter, self._step = memory, meter, start or 0
         self.config, self.workdir, self.store = config, workdir, store
         self.display, self.compiles = display, CompileCounter()
@@ -237,6 +238,7 @@ class Run:
         kl = numbers.get("kl/teacher", self.trend.kl)  # the last known where no teacher was asked
         if not numbers["update/skipped"]:
             self.trend = self.trend.observe(kl, numbers["reward/mean"])
+            self.trend = self._entropy.observe(self.trend, numbers["entropy/mean"])
         alerts, lines = self._health.observe(step, numbers)
         numbers |= alerts
         for line in lines:

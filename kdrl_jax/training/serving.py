@@ -15,7 +15,7 @@ from kdrl_jax.rollout.server import KINDS
 from kdrl_jax.rollout.server_check import PROBES, Wanted, check_server
 from kdrl_jax.rollout.transport import Server
 from kdrl_jax.training.display import Display
-from kdrl_jax.training.evaluation import EncodedProblem
+from kdrl_jax.training.evaluation import EncodedProblem, eval_tokens
 from kdrl_jax.types import UserError
 
 KEY_VARIABLE = "KDRL_SERVER_KEY"
@@ -65,10 +65,11 @@ def connect(
         prompt_buckets=prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens),
         max_new_tokens=ro.max_new_tokens,
     )
+    budget = max(ro.max_new_tokens, eval_tokens(config) if config.eval.every else 0)
     some = problems[:PROBES]
     wanted = Wanted(
         model=asked.model,
-        longest=max(len(ids) for _, ids in problems) + ro.max_new_tokens,
+        longest=max(len(ids) for _, ids in problems) + budget,
         texts=[problem.problem for problem, _ in some],
         prompts=[ids for _, ids in some],
     )

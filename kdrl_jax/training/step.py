@@ -22,7 +22,7 @@ from kdrl_jax.objectives import (
     topk_divergence,
     trrd_loss,
 )
-from kdrl_jax.objectives.distributions import Support
+from kdrl_jax.objectives.distributions import LOG_FLOOR, Support
 from kdrl_jax.sharding import put, replicated, state_shardings
 from kdrl_jax.training.scoring import split_micro_batches
 from kdrl_jax.types import Params, TrainBatch, TrainState
@@ -84,7 +84,9 @@ class Objective(NamedTuple):
     """Of the policy term: to the "old" student alone, or "trrd"."""
     kd_estimator: str = "k2"
     support: Support = "teacher"
-    """Of `topk_divergence`."""
+    log_floor: float = LOG_FLOOR
+    """Of `topk_divergence`, both."""
+    k3_clamp: float | None = None
     clamp_gradient: str = "clamp"
     tis: bool = False
     """Whether importance weights, trainer over sampler, apply."""
@@ -156,7 +158,11 @@ def make_loss(model: Any, *, objective: Objective, valid_vocab: int, chunk: int)
         divergence = scores.divergence
         if scores.support_log_probs is not None and batch.support_log_probs is not None:
             divergence = topk_divergence(
-                scores.support_log_probs, batch.support_log_probs, objective.support
+                scores.support_log_probs,
+                batch.support_log_probs,
+                objective.support,
+                entropy=scores.entropy,
+                log_floor=objective.log_floor,
             )
         log_probs, weights = scores.log_probs, batch.weights
         loss, metrics = loss_of(objective, hyper, log_probs, scores.entropy, batch, divergence)
@@ -282,6 +288,7 @@ def _joint_loss(
         beta=hyper.beta,
         kd_estimator=objective.kd_estimator,
         kd_divergence=divergence,
+        k3_clamp=objective.k3_clamp,
         policy_coef=hyper.policy_coef,
         **_common(objective, hyper, entropy),
     )

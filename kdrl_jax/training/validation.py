@@ -25,6 +25,7 @@ from kdrl_jax.objectives import (
     AGGREGATIONS,
     METHODS,
     SCHEDULES,
+    SUPPORTS,
     Method,
     beta_schedule,
     phase_schedule,
@@ -45,7 +46,7 @@ ROLES = ("student", "teacher")
 CHOICES: dict[str, tuple[str, ...]] = {
     "objective": tuple(METHODS),
     "kd_estimator": ("k1", "k2", "k3", "topk", "full"),
-    "kd_topk.support": ("teacher", "student", "tail"),
+    "kd_topk.support": SUPPORTS,
     "kd_mask": ("none", "response", "group"),
     "beta.schedule": tuple(SCHEDULES),
     "trrd.clamp_gradient": ("clamp", "straight_through"),
@@ -75,21 +76,26 @@ _AT_LEAST_ONE = (
 _NOT_NEGATIVE = (
     *("seed", "rollout.top_k", "rollout.min_p", "clip_eps_low", "clip_eps_high", "eval.every"),
     *("entropy_coef", "optimizer.weight_decay", "optimizer.warmup_steps", "samples.every"),
-    *("samples.count", "eval.temperature", "data.seed", "micro_batch"),
+    *("samples.count", "eval.temperature", "eval.max_new_tokens", "data.seed", "micro_batch"),
     *("reference_coef", "tis_cap", "memory_gib"),
     *("rollout.refill", "rollout.slots", "rollout.carry", "student.lora.rank"),
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
+    *("trrd.alpha_end", "trrd.alpha_steps", "k3_clamp", "adaptive_entropy.target"),
+    *("adaptive_entropy.delta", "adaptive_entropy.max"),
     "reward.verdict_weight",
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
     *(f"{role}.shape.vocab_size" for role in ROLES),
     *("optimizer.b1", "optimizer.b2", "health.teacher_every", *THRESHOLDS),
 )
 _POSITIVE = (
-    *("rollout.temperature", "rollout.top_p", "optimizer.learning_rate", "optimizer.clip_norm"),
-    *("optimizer.eps", "reward.timeout_s", "student.sft.learning_rate", "trrd.clamp"),
+    *("rollout.temperature", "rollout.top_p", "eval.top_p", "optimizer.learning_rate"),
+    *("optimizer.clip_norm", "optimizer.eps", "reward.timeout_s", "student.sft.learning_rate"),
+    "trrd.clamp",
     "student.lora.alpha",
     *("teacher.sft.learning_rate", "process_timeout_s", "rollout.server.timeout_s"),
 )
+
+_AT_MOST_ONE = ("rollout.top_p", "rollout.min_p", "eval.top_p", "trrd.alpha", "trrd.alpha_end")
 
 # Keys that may change between a run and its resumption; all others shape the result.
 RESUMABLE_CHANGES = (
@@ -183,7 +189,8 @@ def _value_problems(flat: dict[str, Any]) -> Iterator[str]:
         (_AT_LEAST_ONE, lambda v: v >= 1, "must be at least 1"),
         (_NOT_NEGATIVE, lambda v: v >= 0, "must not be negative"),
         (_POSITIVE, lambda v: v > 0, "must be positive"),
-        (("rollout.top_p", "rollout.min_p", "trrd.alpha"), lambda v: v <= 1, "must be at most 1"),
+        (_AT_MOST_ONE, lambda v: v <= 1, "must be at most 1"),
+        (("kd_topk.log_floor",), lambda v: v < 0, "must be below 0; it is a log-prob in nats"),
         (("seed",), lambda v: v < 2**32, "must be below 2**32"),
         (("optimizer.b1", "optimizer.b2"), lambda v: v < 1, "must be below 1"),
     ]
@@ -217,6 +224,12 @@ def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
     if beta["schedule"] in SCHEDULES:
         yield from _problems_of(beta_schedule, **beta)
     yield from _problems_of(phase_schedule, flat["policy_phases"])
+    start, most = flat["entropy_coef"], flat["adaptive_entropy.max"]
+    if flat["adaptive_entropy.target"] > 0 and start > most:
+        yield (
+            f"entropy_coef: {start} is above adaptive_entropy.max={most}; it is where the "
+            "coefficient starts, so use at most that"
+        )
     if flat["objective"] in METHODS:
         yield from _method_problems(flat, METHODS[flat["objective"]])
         if flat["rollout.server.url"]:
