@@ -64,9 +64,11 @@ def get_config() -> ConfigDict:
 
     # --- the objective: J = J_policy − β·D(student‖teacher) -----------------------------------
     # kdrl | grpo (no teacher loaded) | kd_rkl (no policy term) | reward_shaping (rewards minus
-    # β·Σℓ, then GRPO) | trrd (RLAD: the teacher within the ratio) | sft (on the teacher's samples
-    # that are right)
+    # β·Σℓ, then GRPO) | trrd (RLAD: the teacher within the ratio) | sft (on the teacher's right
+    # answers: it answers every problem group_size times before the first step, and each step takes
+    # prompts_per_step · group_size of the right ones, in shuffled epochs)
     c.objective = "kdrl"
+    c.sft_problems = 0  # of sft: problems that the teacher answers; 0: all
     c.kd_estimator = "k2"  # k2 (½ℓ², the paper's) | k3 | k1 (score-function form) | topk | full
     c.kd_topk = ConfigDict()
     c.kd_topk.k = 50  # tokens of the support; the paper does not say how many
@@ -177,7 +179,7 @@ def get_config() -> ConfigDict:
     c.rollout.carry = 0
     c.rollout.dtype = ""  # "": the student's. Another one costs what mismatch/kl says
     # Dynamic sampling (DAPO): groups that are all right or all wrong are dropped and replaced from
-    # at most so many more rollout batches a step. For sft: groups without a right answer.
+    # at most so many more rollout batches a step.
     c.rollout.refill = 0
     # A vLLM or SGLang server draws instead, of the student's own model, and is given its weights
     # before each step. Its API key, if any, is taken from the environment: KDRL_SERVER_KEY.
@@ -264,6 +266,8 @@ def get_config() -> ConfigDict:
     c.eval.batch = 64  # problems decoded at once
     c.eval.temperature = 0.6  # 0: greedy
     c.eval.top_p = 1.0  # 1: off
+    # A column of the data, or of a task's `meta`: accuracy by its values as well. "": none.
+    c.eval.by = ""
     c.eval.max_new_tokens = 0  # of a response; 0: as in rollout
     c.eval.require_format = False  # True: a right answer counts only in reward's format
     c.checkpoint = ConfigDict()

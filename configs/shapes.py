@@ -30,4 +30,6 @@ QWEN3_0_6B = _shape("qwen3", 1024, 28, 16, 8, 3072, tie_embeddings=True)
 SMOLLM2_135M = _shape(
     "llama", 576, 30, 9, 3, 1536, head_dim=64, vocab_size=49_152, tie_embeddings=True
 )
+QWEN3_1_7B = _shape("qwen3", 2048, 28, 16, 8, 6144, tie_embeddings=True)
+QWEN3_32B = _shape("qwen3", 5120, 64, 64, 8, 25_600)
 QWEN3_8B = _shape("qwen3", 4096, 36, 32, 8, 12_288)

@@ -1,4 +1,4 @@
-"""Zero-RL of the paper (2506.02208, section 4.3): KDRL from the base model Qwen2.5-3B.
+"""Zero-RL of the paper (2506.02208, section 4.5): KDRL from the base model Qwen2.5-3B.
 
     python -m kdrl_jax.train --config=configs/zero_rl.py
 

@@ -1,4 +1,4 @@
-"""The zero-RL teacher of the paper (2506.02208, section 4.3): GRPO from Qwen2.5-7B.
+"""The zero-RL teacher of the paper (2506.02208, section 4.5): GRPO from Qwen2.5-7B.
 
     python -m kdrl_jax.train --config=configs/zero_rl_teacher.py
 

@@ -1,4 +1,4 @@
-"""Evaluate a policy on mathematical benchmarks, or on data of one's own.
+"""Evaluate a policy on benchmarks of mathematics and logic, or on data of one's own.
 
     python -m kdrl_jax.evaluate --config=configs/stage2.py --checkpoint=runs/stage2 \\
         --benchmarks=math500,aime24 --data_dir=FOLDER --output=runs/stage2/evaluation
@@ -14,7 +14,8 @@ counts only with eval.require_format.
 Problems come from DATA_DIR/BENCHMARK.jsonl, or without --data_dir from the Hugging Face hub at the
 revision that kdrl_jax/evaluation/benchmarks.py pins (BENCHMARK@REVISION takes another). The output
 folder gets BENCHMARK.jsonl with every response, results.json, and results.md with a table beside
-the paper's. Running the same command again continues where it was interrupted.
+those of the papers that are of such a model, if any. Running the same command again continues where
+it was interrupted.
 
     python -m kdrl_jax.evaluate --checkpoint=runs/mine --output=runs/mine/evaluation \\
         --data=my_test.jsonl --config.data.fields.problem=question --samples=4
@@ -31,6 +32,7 @@ says in which form.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Sequence
@@ -46,7 +48,6 @@ from kdrl_jax.config import apply_overrides, read_config, saved_config
 from kdrl_jax.data import prompt_lengths, shown_prompt
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
-    PAPER_COLUMNS,
     Loaded,
     find_benchmarks,
     load_benchmark,
@@ -55,6 +56,7 @@ from kdrl_jax.evaluation.benchmarks import (
     refused_golds,
 )
 from kdrl_jax.evaluation.model import PolicyFolder, find_policy, load_policy
+from kdrl_jax.evaluation.paper_tables import SIX, fitting
 from kdrl_jax.evaluation.planning import (
     Plan,
     Refusals,
@@ -68,6 +70,7 @@ from kdrl_jax.evaluation.tables import Figures, average, markdown, summarise
 from kdrl_jax.network import set_offline
 from kdrl_jax.rewards import FORMS, Grader
 from kdrl_jax.rollout import RolloutEngine
+from kdrl_jax.tasks.registry import task_verifier
 from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import eval_tokens
@@ -85,7 +88,7 @@ READS = (
     "data.max_prompt_tokens",
     *("mesh.", "rollout_mesh."),
     *("rollout.max_new_tokens", "rollout.slots", "eval.temperature", "eval.top_p", "eval.batch"),
-    *("eval.max_new_tokens", "eval.require_format", "eval.samples"),
+    *("eval.max_new_tokens", "eval.require_format", "eval.samples", "eval.by"),
     *(f"reward.{key}" for key in GRADING),
     *("data.fields", "data.on_bad"),  # of --data
 )
@@ -123,8 +126,11 @@ def evaluate(
     plans: list[Plan] = []
     figures: dict[str, Figures] = {}
     asking = {"window": window, "weights": weights, "samples": samples, "limit": limit}
-    with make_grader(config, "") as grader:
+    with contextlib.ExitStack() as stack:
+        tasks = dict.fromkeys(loaded.benchmark.task for loaded in benchmarks)
+        graders = {task: stack.enter_context(make_grader(config, task)) for task in tasks}
         for loaded in benchmarks:
+            grader = graders[loaded.benchmark.task]
             plan = wrong.attempt(make_plan, loaded, config, tokenizer, grader, **asking)
             if plan:
                 plans.append(plan)
@@ -151,12 +157,14 @@ def evaluate(
         for plan in plans:
             write_settings(plan.file(output), plan.settings)
             rows = ask(
-                *(plan.questions, engine, params, tokenizer, grader, plan.file(output), display),
+                *(plan.questions, engine, params, tokenizer, graders[plan.benchmark.task]),
+                *(plan.file(output), display),
                 samples=plan.samples,
                 batch=plan.batch,
                 temperature=config.eval.temperature,
                 top_p=config.eval.top_p,
                 require_format=config.eval.require_format,
+                by=plan.by,
                 seed=config.seed,
             )
             figures[plan.benchmark.name] = summarise(rows, plan.samples, plan.kept_out, plan.listed)
@@ -172,7 +180,8 @@ def evaluate(
         "versions": {name: metadata.version(name) for name in ("jax", "math-verify")},
     }
     write_atomic(output / "results.json", json.dumps(results, indent=2) + "\n")
-    table = markdown(results, [other for other in others if other])
+    tables = fitting(policy.shape(), config.data.prompt_style)
+    table = markdown(results, [other for other in others if other], tables)
     write_atomic(output / "results.md", table)
     display.event("result", results)
     display.say(f"\n{table}\neverything is in {output}")
@@ -187,14 +196,16 @@ def self_check(benchmarks: Sequence[Loaded], form: str = "boxed") -> bool:
       form: of the responses, one of `kdrl_jax.rewards.FORMS`.
     """
     display, good = Display(), True
-    with Grader(workers=2, timeout_s=10.0, require_format=False, form=form) as grader:
-        for benchmark, problems, bad, listed, _ in benchmarks:
+    for benchmark, problems, bad, listed, _ in benchmarks:
+        judge = task_verifier(benchmark.task)
+        options: dict[str, Any] = {"timeout_s": 10.0, "require_format": False, "form": form}
+        with Grader(workers=2, verify=judge, **options) as grader:
             lost = refused_golds(problems, grader)
-            total, wrong = len(problems) + bad, len(lost) + bad
-            display.say(f"{benchmark.name}: {total - wrong} of {total} gold answers are correct")
-            for line in (*listed, *lost.values()):
-                display.say(f"  {line}")
-            good &= not wrong
+        total, wrong = len(problems) + bad, len(lost) + bad
+        display.say(f"{benchmark.name}: {total - wrong} of {total} gold answers are correct")
+        for line in (*listed, *lost.values()):
+            display.say(f"  {line}")
+        good &= not wrong
     return good
 
 
@@ -258,7 +269,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--self_check", action="store_true")
     args = parser.read(rest)
     if args.benchmarks is None:
-        usual = BENCHMARKS if args.self_check else PAPER_COLUMNS
+        usual = BENCHMARKS if args.self_check else SIX
         args.benchmarks = "" if args.data else ",".join(usual)
 
     wrong = Refusals()

@@ -31,7 +31,7 @@ from kdrl_jax.training.adapters import init_adapters
 from kdrl_jax.training.base import build_base
 from kdrl_jax.training.checkpoints import stored_steps
 from kdrl_jax.training.checks import Checks
-from kdrl_jax.training.collect import Collector, mixed, solved
+from kdrl_jax.training.collect import Collector
 from kdrl_jax.training.compilation_cache import enable_compilation_cache
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import eval_settings, eval_slots, eval_tokens, evaluate
@@ -57,6 +57,7 @@ from kdrl_jax.training.problems import (
     make_reward_functions,
     read_run_data,
 )
+from kdrl_jax.training.right_answers import FixedSet, RightAnswers
 from kdrl_jax.training.roles import (
     build_role,
     check_roles,
@@ -143,8 +144,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         write_atomic(workdir / HELD_OUT, to_json_lines([problem for problem, _ in held_out]))
     start = store.latest_step()
     processes.agree(str(workdir), {"newest checkpoint": str(start)})
-    teacher = reference = base = None
-    if sizes.method.uses_teacher:
+    teacher = reference = base = answers = None
+    batches = PromptBatches(len(problems), ro.prompts_per_step, config.seed)
+    if sizes.method.supervised:  # rejection sampling: the teacher answers, and then only they count
+        drawn = {"problems": len(problems), "wanted": config.sft_problems, "batches": batches}
+        with processes.together():
+            answers = RightAnswers(workdir, data_digest, **drawn)
+    if sizes.method.uses_teacher and not (answers and answers.complete):
         model = decoder_of(config.teacher, shapes["teacher"])
         params = build_role("teacher", config, model, tokenizer, meshes.teacher, display)
         teacher = Weights(model, params, meshes.teacher, offload=config.teacher.offload)
@@ -163,7 +169,7 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         student,
         optimizer,
         mesh,
-        teacher=teacher,
+        teacher=teacher if sizes.method.scores else None,
         reference=reference,
         base=base,
         valid_vocab=tokenizer.size,
@@ -186,13 +192,12 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             mesh=meshes.rollout,
         )
 
-    drawn, evaluated = ro.max_new_tokens, eval_tokens(config)
-    engine = server or engine_of(sampler_model, drawn, ro.slots)
-    evaluator = engine
-    if evaluated > drawn and not server:  # with as much memory: fewer responses at once
-        slots = eval_slots(Levers.of(config).slots, buckets[-1], drawn, evaluated)
-        evaluator = engine_of(sampler_model, evaluated, slots)
-    by_teacher = sizes.method.sampler == "teacher"  # rejection sampling: the student only learns
+    budget = (ro.max_new_tokens, ro.slots)
+    engine = evaluator = server or engine_of(sampler_model, *budget)
+    if (longer := eval_tokens(config)) > ro.max_new_tokens and not server:
+        # With as much memory: fewer responses at once.
+        slots = eval_slots(Levers.of(config).slots, buckets[-1], ro.max_new_tokens, longer)
+        evaluator = engine_of(sampler_model, longer, slots)
 
     # --- Resume --------------------------------------------------------------------------------
     # From the newest whole checkpoint, else from the student's own weights. Random keys are
@@ -231,9 +236,9 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
         jax.debug_nans(config.debug),
     ):
         collector = Collector(
-            engine_of(teacher.model, drawn, ro.slots) if teacher and by_teacher else engine,
+            engine_of(teacher.model, *budget) if teacher and answers else engine,
             problems,
-            PromptBatches(len(problems), ro.prompts_per_step, config.seed),
+            batches,
             tokenizer,
             grader,
             sampling,
@@ -241,7 +246,6 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
             refill=ro.refill,
             carry=ro.carry,
             carried=carried,
-            useful=solved if sizes.method.supervised else mixed,
             phases=run.phases,
             functions=functions,
         )
@@ -256,15 +260,26 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
         if start is None:
             evaluate_student(0)
+        source: Collector | FixedSet = collector
+        if answers is not None:
+            answers.draw_all(collector, teacher, run.goes_on, display)
+            teacher = None  # nobody asks it any more
+            if not run.stopping:
+                source = FixedSet(
+                    problems,
+                    answers.answers,
+                    rows=sizes.rollouts,
+                    seed=config.seed,
+                    pad_id=tokenizer.pad_id,
+                    buckets=buckets,
+                    width=ro.max_new_tokens,
+                )
         step = start or 0
         while step < config.steps and not run.stopping:
             with jax.transfer_guard("disallow"):  # every copy between host and device is meant
                 policy = learner.policy(state.params)
-                # Meanwhile the last step's metrics are read. An offloaded teacher's weights are on
-                # the devices until it has drawn, so they get no name here.
-                found, position = collector.collect(
-                    teacher.params if teacher and by_teacher else policy, position, run.settle
-                )
+                # Meanwhile the last step's metrics are read.
+                found, position = source.collect(policy, position, run.settle)
                 rollouts = put_batch(mesh, found.rollouts)
                 if checks:
                     checks.rollouts(step + 1, found.rollouts)
@@ -287,14 +302,14 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
 
             step += 1
             scheduled = learner.scheduled(step - 1, run.trend)
-            numbers = {**scheduled, **found.metrics, **collector.verification()}
+            numbers = {**scheduled, **found.metrics, **source.verification()}
             run.step_done(step, metrics, numbers, found, scores)
             run.write_samples(step, found, tokenizer, traces)
             evaluate_student(step)
             if step % config.checkpoint.every == 0 or step == config.steps:
-                run.save(step, state, position, collector.carried)
+                run.save(step, state, position, source.carried)
         if run.stopping:
-            run.save(step, state, position, collector.carried)
+            run.save(step, state, position, source.carried)
         summary = run.finish(step)
     if processes.is_first():
         unlock_folder(workdir)

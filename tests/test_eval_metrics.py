@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from fractions import Fraction
 from math import comb
 from pathlib import Path
@@ -15,9 +16,6 @@ from kdrl_jax.config import ROOT
 from kdrl_jax.evaluation import benchmarks as registry
 from kdrl_jax.evaluation.benchmarks import (
     BENCHMARKS,
-    PAPER,
-    PAPER_AVERAGE,
-    PAPER_COLUMNS,
     find_benchmarks,
     load_benchmark,
     refused_golds,
@@ -29,13 +27,21 @@ from kdrl_jax.evaluation.metrics import (
     pass_at_k,
     repetition_rate,
 )
+from kdrl_jax.evaluation.paper_tables import AVERAGE, SIX, TABLES, fitting
 from kdrl_jax.evaluation.tables import markdown, summarise
+from kdrl_jax.models import ModelConfig
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout.repetition import TAIL, repeated_share, repeats
+from kdrl_jax.tasks.registry import task_verifier
+from kdrl_jax.training.evaluation import group_of
 from kdrl_jax.types import Problem, UserError
 
 DATA = ROOT.parent / "shared" / "data"
 real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"the evaluation sets are not at {DATA}")
+SHAPE = {
+    **{"vocab_size": 64, "hidden_size": 16, "num_layers": 1, "num_heads": 2, "num_kv_heads": 1},
+    **{"head_dim": 8, "mlp_size": 32, "qkv_bias": True, "qk_norm": False, "model_type": "qwen2"},
+}
 ROWS = {
     **{"aime24": 30, "aime25": 30, "amc23": 40, "math500": 500},
     **{"minerva_math": 272, "olympiadbench": 675, "gsm8k": 1319},
@@ -187,17 +193,44 @@ def test_bootstrap_does_not_depend_on_how_it_is_cut_up(monkeypatch):
 
 
 def test_paper_figures_agree_with_their_averages():
-    """A slip in a copied figure would show: the paper's average is over these six columns."""
-    for row, figures in PAPER.items():
-        given = [figures[name] for name in PAPER_COLUMNS]
-        if not np.isnan(given).any():
-            assert figures[PAPER_AVERAGE] == pytest.approx(np.mean(given), abs=0.0501), row
+    """A slip in a copied figure would show: averages are over the columns of a table."""
+    seen = set()
+    for table in TABLES:
+        for name, row in table.rows.items():
+            if set(SIX) <= row.keys():
+                given, whole, near = [row[c] for c in SIX], row[AVERAGE], 0.0501
+            elif "knights_knaves" in row:  # shares of two digits
+                parts = [x for c, x in row.items() if c.startswith("knights_knaves/")]
+                assert len(parts) == 7
+                given, whole, near = parts, row["knights_knaves"], 1.0
+            else:
+                continue
+            seen.add(table.source)
+            assert whole == pytest.approx(np.mean(given), abs=near), (table.source, name)
+    assert seen == {"KDRL, table 1", "RLAD, table 1"}
+
+
+def test_a_model_is_set_beside_its_own_tables():
+    def found(style: str, **shape):
+        model = ModelConfig(**{**SHAPE, **shape})
+        return [(table.source, table.tokens) for table in fitting(model, style)]
+
+    small = {"hidden_size": 1536, "num_layers": 28}
+    assert found("kdrl", **small) == [("KDRL, table 1", 32_768), ("RLAD, table 3", 8192)]
+    assert found("zero_rl", **small) == []
+    assert found("zero_rl", hidden_size=2048, num_layers=36) == [("KDRL, table 2", 8192)]
+    assert found("zero_rl", hidden_size=3584, num_layers=28) == [("KDRL, table 4", 8192)]
+    assert found("kdrl", hidden_size=3584, num_layers=28) == []
+    puzzles = found("chat", hidden_size=1024, num_layers=28)
+    assert puzzles == [("RLAD, table 1", 8192), ("RLAD, table 1", 2048)]
+    assert found("kdrl", hidden_size=576, num_layers=30) == []
 
 
 def test_benchmarks_ask_as_often_as_the_paper():
     assert {name: b.samples for name, b in BENCHMARKS.items()} == {
         **dict.fromkeys(("aime24", "aime25", "amc23"), 16),
         **dict.fromkeys(("math500", "minerva_math", "olympiadbench", "gsm8k"), 1),
+        "knights_knaves": 1,
     }
 
 
@@ -241,7 +274,7 @@ def test_hub_rows_are_read_by_their_own_columns(monkeypatch):
 
 
 @real_data
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", ROWS)
 def test_gold_answers_score_100_percent(name, grader):
     loaded = load_benchmark(BENCHMARKS[name], DATA)
     assert len(loaded.problems) == ROWS[name]
@@ -347,7 +380,7 @@ def test_the_table_stands_beside_the_paper():
         "settings": {"temperature": 0.6},
     }
     other = {"checkpoint": "runs/b", "benchmarks": {"gsm8k": none_cut}}
-    text = markdown(results, [other])
+    text = markdown(results, [other], [TABLES[0]])
     cells = {
         parts[1]: parts[2:-1]
         for line in text.splitlines()
@@ -355,14 +388,61 @@ def test_the_table_stands_beside_the_paper():
     }
     assert cells["**runs/a**"] == ["37.5 [25.0, 50.0]", "66.7 [0.0, 100.0]"]
     assert cells["**runs/b**"] == ["–", "66.7 [0.0, 100.0]"]
-    assert cells["paper: KDRL-Annealing"] == ["42.9", "–"]
+    assert cells["KDRL, table 1 (32,768 tokens): KDRL-Annealing"] == ["42.9", "–"]
     assert cells["AIME24"][0] == "2"
     expected = "37.5 [25.0, 50.0]|100.0|50.0|87.5|15|25.0|50.0|3"
     assert cells["AIME24"][2:] == expected.split("|")
     assert cells["GSM8K"][7:9] == ["0.0", "–"]
     assert "| --: |" in text  # a column of one digit
-    assert "The paper gives no figure for GSM8K." in text
+    assert "not of equal terms" not in text  # how many tokens there were is not known
+    assert "No table of KDRL or RLAD" in markdown(results)
+    short = results | {"settings": {"max_new_tokens": 8192}}
+    assert "may have 8,192 tokens, so the rows are not" in markdown(short, [], [TABLES[0]])
+    own = {**results, "benchmarks": {"mine": none_cut}}
+    assert "KDRL" not in markdown(own, [], [TABLES[0]])
     assert "- x: the gold answer '}{' grades as wrong\n- and 2 more" in text
-    six = {**results, "benchmarks": dict.fromkeys(PAPER_COLUMNS, figures)}
+    six = {**results, "benchmarks": dict.fromkeys(SIX, figures)}
     assert "| average" in markdown(six)
-    assert "57.2 |" in markdown(six)
+    assert "57.2 |" in markdown(six, [], [TABLES[0]])
+    zero_rl = next(table for table in TABLES if table.source == "KDRL, table 2")
+    lines = [x for x in markdown(six, [], [zero_rl]).splitlines() if "KDRL-Annealing" in x]
+    assert [x.split("|")[-2].strip() for x in lines] == ["32.5"]  # its average alone is known
+
+
+def test_accuracy_by_part_stands_beside_the_paper():
+    rows = [row(r, "x") | {"group": g} for r, g in ((1, "2"), (0, "2"), (1, "3"), (1, "10"))]
+    figures = summarise(rows, 1, 0, [])
+    assert figures["by"] == {"2": 0.5, "3": 1.0, "10": 1.0}
+    results = {"checkpoint": "a", "benchmarks": {"knights_knaves": figures}, "settings": {}}
+    papers = [table for table in TABLES if "knights_knaves" in table.rows.get("RLAD", {})][:1]
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in markdown(results, [], papers).splitlines()
+        if line.startswith("|")
+    ]
+    assert ["Knights and Knaves by part", "2", "3", "10"] in lines
+    assert ["**a**", "50.0", "100.0", "100.0"] in lines
+    assert ["RLAD, table 1 (8,192 tokens): RLAD", "100.0", "99.0", "–"] in lines
+    assert ["RLAD, table 1 (8,192 tokens): RLAD", "94.0"] in lines
+
+
+def test_puzzles_are_judged_by_roles(tmp_path):
+    """The hub's rows: another order of clauses is right, a role that is missing is not."""
+    benchmark = BENCHMARKS["knights_knaves"]
+    quiz = "A very special island is inhabited only by knights and knaves. Who is what?"
+    answer = "Zoey is a knave, and Oliver is a knight."
+    line = {"problem": quiz, "answer": answer, "names": ["Zoey", "Oliver"]}
+    (tmp_path / "knights_knaves.jsonl").write_text(json.dumps(line))
+    [problem] = load_benchmark(benchmark, tmp_path).problems
+    assert problem.problem == f"{quiz} {benchmark.instruction}"
+    assert group_of(problem, benchmark.by) == "2"
+    with Grader(workers=1, require_format=False, verify=task_verifier(benchmark.task)) as judge:
+        assert refused_golds([problem], judge) == {}
+        said = [
+            "Oliver is a knight, Zoey is a knave",
+            "Zoey is a knave",
+            answer.replace("a kni", "a kna"),
+        ]
+        boxed = [f"\\boxed{{{text}}}" for text in said]
+        verdicts = judge.grade(boxed, [problem.answer] * 3)
+    assert [v.reward for v in verdicts] == [1.0, 0.0, 0.0]

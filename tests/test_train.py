@@ -462,12 +462,14 @@ def test_continuing_on_another_mesh(layout, watched, tmp_path):
             {"objective": "trrd", "mini_batches": 2, "trrd.clamp_gradient": "straight_through"},
             {"kl/teacher", "trrd/clamped_frac"},
         ),
-        ({"objective": "sft", "rollout.refill": 1, "epochs": 2}, {"rollout/batches"}),
+        ({"objective": "sft", "sft_problems": 16, "epochs": 2}, {"sft/answers", "sft/epoch"}),
         ({"kd_estimator": "full", "tis_cap": 2.0}, {"kl/teacher", "tis/weight_mean"}),
         (
             {"kd_estimator": "topk", "kd_topk.k": 5, "kd_topk.support": "student"},
             {"kl/teacher"},
         ),
+        ({"kd_estimator": "topk", "kd_topk.k": 5}, {"kl/teacher"}),
+        ({"kd_estimator": "k3", "k3_clamp": 10.0}, {"kl/teacher"}),
     ],
     ids=lambda x: x.get("objective", x.get("kd_estimator")) if isinstance(x, dict) else "",
 )

@@ -38,10 +38,15 @@ STAGE2_FILTERS = (
     f"solved_by_any:models={_R1}1.5B|{_R1}7B|{_R1}32B",
     f"cap_unsolved:model={_R1}1.5B,share=0.1",
     "prompt_tokens:max=1024",
+    "expected:n=61000",
 )
 # The same paper, zero-RL: the teacher's data and the student's, which is easier.
-ZERO_RL_TEACHER_FILTERS = (f"pass_rate:model={_R1}1.5B,min=0.25",)
-ZERO_RL_STUDENT_FILTERS = (f"pass_rate:model={_R1}1.5B,min=0.5",)
+ZERO_RL_TEACHER_FILTERS = (f"pass_rate:model={_R1}1.5B,min=0.25", "expected:n=58000")
+ZERO_RL_STUDENT_FILTERS = (f"pass_rate:model={_R1}1.5B,min=0.5", "expected:n=46000")
+# Stage 1 takes DeepScaleR's problems as they are.
+STAGE1_FILTERS = ("expected:n=40000",)
+EXPECTED_SHARE = 0.05
+"""A count that is further than this share from the expected one is reported."""
 
 
 # --- What there is ------------------------------------------------------------------------------
@@ -115,6 +120,11 @@ def limit(problems: list[Problem], *, n: int) -> list[Problem]:
     return problems[:n]
 
 
+def expected(problems: list[Problem], *, n: int) -> list[Problem]:
+    """All of them. A run warns where they are not about `n`: see `FilterReport.warnings`."""
+    return problems
+
+
 FILTERS: dict[str, Callable[..., list[Problem]]] = {
     f.__name__: f
     for f in (
@@ -127,6 +137,7 @@ FILTERS: dict[str, Callable[..., list[Problem]]] = {
         exclude,
         answer_parses,
         limit,
+        expected,
     )
 }
 
@@ -231,6 +242,20 @@ class FilterReport:
             f"{spec:{width}}  {dropped:>8}  {left:>8}" for spec, dropped, left in self.counts()
         ]
         return "\n".join(lines)
+
+    def warnings(self) -> list[str]:
+        """Returns a line for each step `expected` that found another number of problems."""
+        lines = []
+        for spec, _, left in self.counts():
+            name, _, rest = spec.partition(":")
+            if FILTERS[name] is expected:
+                n = _arguments(expected, rest)[0]["n"]
+                if abs(left - n) > EXPECTED_SHARE * n:
+                    lines.append(
+                        f"{left:,} problems, but about {n:,} were expected here "
+                        "(data.filters); these are other data, or the filters work otherwise"
+                    )
+        return lines
 
     def to_dict(self) -> dict[str, Any]:
         """The report for a JSON file."""

@@ -61,7 +61,11 @@ def load_problems(path: str | Path, fields: Mapping[str, str] = FIELDS) -> list[
 
 
 def read_problems(
-    path: str | Path, fields: Mapping[str, str] = FIELDS, *, on_bad: str = "raise"
+    path: str | Path,
+    fields: Mapping[str, str] = FIELDS,
+    *,
+    on_bad: str = "raise",
+    answers: bool = True,
 ) -> tuple[list[Problem], ReadReport]:
     """All problems of a data set, in its order, and what there is to say about them.
 
@@ -74,6 +78,7 @@ def read_problems(
         `kdrl_jax.data.schemas`; pass rates of models go to `meta['pass_rate']`.
       on_bad: 'raise' refuses the data set for a row without a problem or an answer; 'drop' leaves
         it out, counts and lists it.
+      answers: whether each row needs an answer; else one without has the answer "".
 
     Raises:
       UserError: nothing there, no problem in it, or bad rows: one line for each, with its number.
@@ -91,7 +96,7 @@ def read_problems(
             try:
                 if isinstance(row, BadRow):
                     raise row
-                found.append(_problem(row, fields, f"{source.stem}/{number}", notes))
+                found.append(_problem(row, fields, f"{source.stem}/{number}", notes, answers))
             except BadRow as error:
                 bad += 1
                 if len(listed) < MAX_LISTED:
@@ -106,13 +111,17 @@ def read_problems(
     return found, ReadReport(str(path), len(found), bad, tuple(listed), dict(notes), commit)
 
 
-def _problem(row: Any, fields: Mapping[str, str], default_id: str, notes: Counter[str]) -> Problem:
+def _problem(
+    row: Any, fields: Mapping[str, str], default_id: str, notes: Counter[str], answers: bool
+) -> Problem:
     if not isinstance(row, dict):
         raise BadRow(f"is {_kind(row)}, not an object; write one JSON object a line")
     rates = pass_rates(row)
     if is_chat_row(row) and all(fields[key] == FIELDS[key] for key in ("problem", "answer")):
         row = from_chat_row(row, notes)
-    texts = {key: text_of(row, key, fields[key]) for key in ("problem", "answer")}
+    texts = {"problem": text_of(row, "problem", fields["problem"]), "answer": ""}
+    if answers or not _missing(look_up(row, fields["answer"])):
+        texts["answer"] = text_of(row, "answer", fields["answer"])
     name = fields["id"]
     has_id = bool(name) and look_up(row, name) not in (None, "")
     named = {fields[key] for key in ("id", "problem", "answer")}
@@ -138,11 +147,16 @@ def text_of(row: dict[str, Any], key: str, name: str) -> str:
     remedy = f"fill it in, or name another column with data.fields.{key}"
     if value is None and name not in row:
         raise BadRow(f"has no {key}: no {name!r} among {', '.join(row) or 'no columns'}; {remedy}")
-    if value is None or value != value or (isinstance(value, str) and not value.strip()):
+    if _missing(value):
         raise BadRow(f"{name!r} is empty; {remedy}")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise BadRow(f"{name!r} is {_kind(value)}, not text or a number; {remedy}")
     return str(value)
+
+
+def _missing(value: Any) -> bool:
+    """Whether a column has nothing in it: null, NaN or a blank text."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
 
 
 def look_up(row: dict[str, Any], name: str) -> Any:

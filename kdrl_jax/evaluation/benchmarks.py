@@ -1,4 +1,4 @@
-"""The benchmarks: where their problems are, how often each is asked, what the paper reports.
+"""The benchmarks: where their problems are, how often each is asked and who judges.
 
 Data of the user's own are asked likewise, under the name of their file; see `name_data`.
 """
@@ -15,24 +15,8 @@ from typing import NamedTuple
 from kdrl_jax.data.problems import FIELDS, read_problems
 from kdrl_jax.data.sources import HUB
 from kdrl_jax.rewards import Grader
+from kdrl_jax.tasks.knights_knaves import CLAUSES
 from kdrl_jax.types import Problem, UserError
-
-# Table 1 of KDRL (arXiv 2506.02208), in %; nan: not given. Columns as in PAPER_COLUMNS.
-PAPER_COLUMNS = ("aime24", "aime25", "math500", "amc23", "minerva_math", "olympiadbench")
-PAPER_AVERAGE = "average"
-_NAN = float("nan")
-_TABLE = {
-    "backbone": (30.8, 22.9, 86.6, 76.1, 36.4, 55.6, 51.4),
-    "SFT": (33.5, _NAN, 87.6, 76.9, 31.6, 54.8, 51.5),
-    "KD-RKL": (41.0, 29.1, 89.0, 80.2, 37.9, 59.6, 56.1),
-    "GRPO": (38.3, 27.1, 88.6, 79.5, 37.5, 56.3, 54.6),
-    "KDRL": (42.1, 28.8, 90.0, 81.3, 39.3, 59.4, 56.8),
-    "KDRL-Annealing": (42.9, 29.6, 90.4, 82.2, 38.2, 60.0, 57.2),
-}
-PAPER: dict[str, dict[str, float]] = {
-    row: dict(zip((*PAPER_COLUMNS, PAPER_AVERAGE), figures, strict=True))
-    for row, figures in _TABLE.items()
-}
 
 # Gold answers that are written as code or with a slip of the pen, as mathematics. The meaning is
 # kept; the grader could only compare the left ones as strings, and so refused right answers.
@@ -68,11 +52,21 @@ class Benchmark:
     """Columns of problem and answer on the hub. A local file has those of `FIELDS`."""
     file: str = ""
     """Name in a local folder; "": `{name}.jsonl`."""
+    files: str = ""
+    """Pattern of files in the hub's repository, which are read instead of a split."""
+    task: str = ""
+    """Whose verifier judges; "": answers are mathematics."""
+    instruction: str = ""
+    """What is added to each problem: the form of the answer that the task reads."""
+    by: str = ""
+    """See `eval.by`."""
 
     def source(self, data_dir: Path | None) -> str:
         """What `read_problems` reads: a file of `data_dir`, or if that is None the hub's."""
         if data_dir is not None:
             return str(data_dir / (self.file or f"{self.name}.jsonl"))
+        if self.files:
+            return f"hf://{self.hub}?file={self.files}&revision={self.revision}"
         config = f"&config={self.config}" if self.config else ""
         return f"hf://{self.hub}?split={self.split}{config}&revision={self.revision}"
 
@@ -131,6 +125,18 @@ BENCHMARKS = {
             config="main",
             fields=("question", "answer"),
             file="gsm8k_test.jsonl",
+        ),
+        Benchmark(
+            "knights_knaves",
+            "Knights and Knaves",
+            1,
+            "K-and-K/knights-and-knaves",
+            "2f68547989981b1af37cb3dde5fdefa847aa8619",
+            files="test/*.jsonl",
+            fields=("quiz", "solution_text"),
+            task="knights_knaves",
+            instruction=CLAUSES,
+            by="names",
         ),
     )
 }
@@ -224,7 +230,10 @@ def load_benchmark(benchmark: Benchmark, data_dir: Path | None = None) -> Loaded
             text = text.rpartition("####")[2].strip().replace(",", "")
         return respelled.get(text.replace("$", ""), text)
 
-    golds = [dataclasses.replace(p, answer=gold(p.answer)) for p in problems]
+    added = f" {benchmark.instruction}" if benchmark.instruction else ""
+    golds = [
+        dataclasses.replace(p, problem=p.problem + added, answer=gold(p.answer)) for p in problems
+    ]
     return Loaded(benchmark, golds, report.bad, report.listed)
 
 

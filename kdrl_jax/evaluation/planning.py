@@ -58,6 +58,8 @@ class Plan(NamedTuple):
     """Problems asked at once."""
     settings: dict[str, Any]
     """Everything that shapes a response or its verdict, JSON-able."""
+    by: str
+    """Column whose values the accuracy is also given by; "": none."""
     kept_out: int
     """Rows that are not asked: without a gold answer, or with one that is not correct itself."""
     listed: list[str]
@@ -107,7 +109,7 @@ def make_plan(
             f"{longest.problem.id} ({benchmark.name}) exceed the model's window of {window}; "
             "lower it"
         )
-    k = samples or benchmark.samples
+    k, by = samples or benchmark.samples, config.eval.by or benchmark.by
     asked = [[q.problem.problem, q.problem.answer, q.prompt] for q in questions]
     return Plan(
         benchmark,
@@ -125,10 +127,12 @@ def make_plan(
             "prompt_style": style,
             "answer": config.reward.answer,
             "require_format": config.eval.require_format,
+            "by": by,
             "timeout_s": config.reward.timeout_s,
             "dtype": config.student.dtype,
             "seed": config.seed,
         },
+        by=by,
         kept_out=loaded.bad + len(lost),
         listed=[*loaded.listed, *lost.values()],
     )

@@ -12,7 +12,7 @@ from kdrl_jax.evaluation.planning import Question
 from kdrl_jax.rewards import Grader
 from kdrl_jax.rollout import RolloutEngine, sampling_params
 from kdrl_jax.training.display import Display
-from kdrl_jax.training.evaluation import Responses, grade_all, respond
+from kdrl_jax.training.evaluation import Responses, grade_all, group_of, respond
 from kdrl_jax.types import Params, Problem, UserError, Verdict
 
 Row = dict[str, Any]
@@ -30,8 +30,9 @@ def ask(
     samples: int,
     batch: int,
     temperature: float,
-    top_p: float,
-    require_format: bool,
+    top_p: float = 1.0,
+    require_format: bool | None = None,
+    by: str = "",
     seed: int,
 ) -> list[Row]:
     """Sample and grade responses to every question; all of them, old and new, question by question.
@@ -44,8 +45,10 @@ def ask(
 
     Args:
       path: JSON Lines with id, sample, problem, answer, response, extracted, outcome, reward,
-        length (tokens), finish_reason ("stop" or "length") and repeats.
+        length (tokens), finish_reason ("stop" or "length"), repeats and group.
       samples: of each question.
+      require_format: default: the grader's.
+      by: see `group_of`; its value is "group" of a row.
       batch: questions asked at once; may change between a run and its continuation, and with it
         rounding.
 
@@ -83,7 +86,8 @@ def ask(
             problems = [q.problem for q in asked]
             verdicts = grade_all(grader, said.texts, problems, require_format=require_format)
             answers = grader.answers(said.texts, require_format=require_format)
-            new = _rows(problems, said, verdicts, samples, answers)
+            groups = [group_of(problem, by) for problem in problems]
+            new = _rows(problems, groups, said, verdicts, samples, answers)
             file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in new))
             file.flush()
             rows += new
@@ -94,6 +98,7 @@ def ask(
 
 def _rows(
     problems: Sequence[Problem],
+    groups: Sequence[str],
     said: Responses,
     verdicts: Sequence[Verdict],
     samples: int,
@@ -113,6 +118,7 @@ def _rows(
             "length": length,
             "finish_reason": "length" if cut else "stop",
             "repeats": loops,
+            "group": groups[i // samples],
         }
         for i, (problem, text, length, cut, loops, verdict, answer) in enumerate(
             zip(each, *said, verdicts, answers, strict=True)

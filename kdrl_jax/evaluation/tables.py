@@ -9,13 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from kdrl_jax.evaluation.benchmarks import (
-    BENCHMARKS,
-    PAPER,
-    PAPER_AVERAGE,
-    PAPER_COLUMNS,
-    title_of,
-)
+from kdrl_jax.evaluation.benchmarks import BENCHMARKS, title_of
 from kdrl_jax.evaluation.metrics import (
     avg_at_k,
     bootstrap_interval,
@@ -23,13 +17,10 @@ from kdrl_jax.evaluation.metrics import (
     pass_at_k,
     repetition_rate,
 )
+from kdrl_jax.evaluation.paper_tables import AVERAGE, SIX, PaperTable
 from kdrl_jax.types import OUTCOMES
 
 Figures = dict[str, Any]
-PAPER_ROWS = (
-    " The paper's rows are Table 1 of arXiv 2506.02208: there k is 16 for AIME and AMC and 1 "
-    "elsewhere."
-)
 
 
 def summarise(
@@ -54,12 +45,16 @@ def summarise(
     average = avg_at_k(rewards)
     ks = [k for k in (1, 2, 4, 8, 16, 32, 64, 128, 256) if k < samples] + [samples]
     outcomes = Counter(row["outcome"] for row in rows)
+    parts: dict[str, list[float]] = {}
+    for row in rows:
+        parts.setdefault(row.get("group", ""), []).append(row["reward"])
     return {
         "problems": len(rewards),
         "samples": samples,
         "avg": float(average.mean()),
         "avg_interval": list(bootstrap_interval(average)),
         "pass": {str(k): float(pass_at_k(rewards, k).mean()) for k in ks},
+        "by": {value: float(np.mean(parts[value])) for value in sorted(parts) if value},
         "maj": float(maj_at_k(answers, rewards).mean()),
         "answered": float(np.mean([bool(answer) for answer in extracted])),
         "length": float(np.mean([row["length"] for row in rows])),
@@ -72,27 +67,33 @@ def summarise(
 
 
 def average(benchmarks: Mapping[str, Figures]) -> float | None:
-    """The mean of Avg@k over the paper's six benchmarks; None unless all six are there."""
-    if not set(PAPER_COLUMNS) <= benchmarks.keys():
+    """The mean of Avg@k over KDRL's six benchmarks; None unless all six are there."""
+    if not set(SIX) <= benchmarks.keys():
         return None
-    return float(np.mean([benchmarks[name]["avg"] for name in PAPER_COLUMNS]))
+    return float(np.mean([benchmarks[name]["avg"] for name in SIX]))
 
 
-def markdown(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
-    """`results.md`: accuracy beside the paper's figures, then everything else that was measured.
+def markdown(
+    results: Mapping[str, Any],
+    others: Sequence[Mapping[str, Any]] = (),
+    papers: Sequence[PaperTable] = (),
+) -> str:
+    """`results.md`: accuracy beside the papers' figures, then everything else that was measured.
 
     Args:
       results: the content of `results.json`: "checkpoint", "settings" and "benchmarks".
       others: further ones to compare with.
+      papers: tables that such a model belongs beside.
     """
     names = list(results["benchmarks"])
+    ours = [results, *others]
     parts = [
         f"# Evaluation of {results['checkpoint']}",
         "Accuracy in %: Avg@k, the mean over k samples of each problem, with the 95 % bootstrap "
-        "interval over problems (a point where all score alike)."
-        + (PAPER_ROWS if {*names} & {*PAPER_COLUMNS} else ""),
-        _accuracy(names, [results, *others]),
-        *_missing(names),
+        "interval over problems (a point where all score alike).",
+        _accuracy(names, ours, papers),
+        *_said_of(papers, names, results["settings"]),
+        *(_by_part(name, ours, papers) for name in names if results["benchmarks"][name].get("by")),
         _details(results["benchmarks"]),
         "pass@k and maj@k are of the same k samples. Answered: with an answer of the form that "
         "is graded. Tokens: mean length of a response. Cut: ended by the limit. Repeating: of the "
@@ -105,25 +106,62 @@ def markdown(results: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = (
     return "\n\n".join(parts) + "\n"
 
 
-def _accuracy(names: Sequence[str], ours: Sequence[Mapping[str, Any]]) -> str:
-    whole = set(PAPER_COLUMNS) <= set(names)
-    columns = [*names, PAPER_AVERAGE] if whole else list(names)
-    titles = [title_of(name) for name in names] + ["average"] * whole
+def _accuracy(
+    names: Sequence[str], ours: Sequence[Mapping[str, Any]], papers: Sequence[PaperTable]
+) -> str:
+    whole = set(SIX) <= set(names)
+    columns = [*names, AVERAGE] if whole else list(names)
+    titles = [title_of(name) for name in names] + [AVERAGE] * whole
     lines = [["", *titles]]
     for one in ours:
         cells = [_with_interval(one["benchmarks"].get(name)) for name in names]
         mean = average(one["benchmarks"])
         lines.append([f"**{one['checkpoint']}**", *cells, *[_percent(mean)] * whole])
-    for row, figures in PAPER.items():
-        if any(name in figures for name in names):
-            cells = [_percent(figures[c] / 100 if c in figures else None) for c in columns]
-            lines.append([f"paper: {row}", *cells])
-    return _table(lines)
+    return _table(lines + _paper_lines(papers, columns))
 
 
-def _missing(names: Sequence[str]) -> list[str]:
-    titles = [title_of(x) for x in names if x in BENCHMARKS and x not in PAPER_COLUMNS]
-    return [f"The paper gives no figure for {', '.join(titles)}."] if titles else []
+def _paper_lines(papers: Sequence[PaperTable], columns: Sequence[str]) -> list[list[str]]:
+    """A line for each row of the papers that has a figure in one of the columns."""
+    return [
+        [
+            f"{table.source} ({table.tokens:,} tokens): {name}",
+            *(_percent(row[c] / 100 if c in row else None) for c in columns),
+        ]
+        for table in papers
+        for name, row in table.rows.items()
+        if any(c in row for c in columns)
+    ]
+
+
+def _said_of(
+    papers: Sequence[PaperTable], names: Sequence[str], settings: Mapping[str, Any]
+) -> list[str]:
+    """What to know of the papers' rows; that there are none."""
+    shown = [p for p in papers if any(name in row for row in p.rows.values() for name in names)]
+    whole = [p for p in papers if set(SIX) <= set(names) and p not in shown]
+    if not any(name in BENCHMARKS for name in names):
+        return []
+    if not shown and not whole:
+        return ["No table of KDRL or RLAD has such a model on these benchmarks."]
+    text = (
+        "Rows of the papers: KDRL is arXiv 2506.02208, where k is 16 for AIME and AMC and 1 "
+        "elsewhere; RLAD is arXiv 2602.22495, where k is 32. Their AIME24 and AMC23 are those of "
+        "AI-MO's validation sets and their AIME25 is OpenCompass's; see docs/papers.md."
+    )
+    budgets = {table.tokens for table in [*shown, *whole]}
+    if (own := settings.get("max_new_tokens")) is not None and own not in budgets:
+        text += f" Here a response may have {own:,} tokens, so the rows are not of equal terms."
+    return [text]
+
+
+def _by_part(name: str, ours: Sequence[Mapping[str, Any]], papers: Sequence[PaperTable]) -> str:
+    """The accuracy of a benchmark's parts, see `eval.by`."""
+    values = sorted(ours[0]["benchmarks"][name]["by"], key=lambda x: (len(x), x))
+    lines = [[f"{title_of(name)} by part", *values]]
+    for one in ours:
+        found = one["benchmarks"].get(name, {}).get("by", {})
+        lines.append([f"**{one['checkpoint']}**", *(_percent(found.get(x)) for x in values)])
+    return _table(lines + _paper_lines(papers, [f"{name}/{x}" for x in values]))
 
 
 def _details(benchmarks: Mapping[str, Figures]) -> str:

@@ -17,7 +17,7 @@ class Method:
     | `kdrl` | student | of the rewards | in the loss | `kdrl_loss` |
     | `reward_shaping` | student | of rewards less β·Σℓ | in the rewards | `kdrl_loss`, β = 0 |
     | `trrd` | student | of the rewards | in the ratio | `trrd_loss` |
-    | `sft` | teacher | 1 where right, others weigh 0 | – | `kdrl_loss`, β = 0 |
+    | `sft` | a fixed set of the teacher's right answers | 1 | – | `kdrl_loss`, β = 0 |
     """
 
     sampler: Literal["student", "teacher"] = "student"

@@ -37,6 +37,8 @@ NAMES = (
     *("Zoey", "Oliver", "Mia", "Ethan", "Clara", "Hugo", "Ruth", "Felix", "Nora", "Jasper"),
     *("Lena", "Victor", "Iris", "Samuel", "Tessa", "Walter", "Paula", "Konrad", "Ada", "Boris"),
 )
+CLAUSES = "Answer with one clause for each of them, such as “Zoey is a …”, separated by commas."
+"""How to answer a puzzle that does not say it itself."""
 LETTERS = "ABCDEFGH"
 MAX_SYMBOLIC = 5  # small f is a truth value
 ALPHABET = LETTERS[:MAX_SYMBOLIC] + LETTERS[:MAX_SYMBOLIC].lower() + "&|>=;?tf"

@@ -43,9 +43,6 @@ from kdrl_jax.types import (
     Verdict,
 )
 
-Useful = Callable[[Float[np.ndarray, "P G"]], Bool[np.ndarray, " P"]]
-
-
 Own = dict[str, OwnReward]
 """What each of `reward.functions` gives, by its name."""
 
@@ -53,11 +50,6 @@ Own = dict[str, OwnReward]
 def mixed(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
     """Groups that policy gradients learn from: those with right and wrong responses."""
     return correct.max(axis=1) != correct.min(axis=1)
-
-
-def solved(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
-    """Groups that rejection sampling learns from: those with a right response."""
-    return correct.max(axis=1) > 0
 
 
 class Collected:
@@ -112,7 +104,7 @@ class Collector:
     Args:
       engine: of the model that samples.
       sampling: see `sampling_params`; for the [P, G] requests of a rollout batch.
-      refill: how many more rollout batches may be drawn to replace groups that are not `useful`
+      refill: how many more rollout batches may be drawn to replace groups that are not `mixed`
         (dynamic sampling, DAPO, arXiv 2503.14476). What cannot be replaced stays.
       carry: problems that are sampled beyond the P of a step, which begins as soon as P are done.
         The others go on in the next step (partial rollouts, arXiv 2501.12599).
@@ -132,7 +124,6 @@ class Collector:
         *,
         seed: int,
         refill: int = 0,
-        useful: Useful = mixed,
         carry: int = 0,
         carried: str = "",
         phases: Phases | None = None,
@@ -140,7 +131,7 @@ class Collector:
     ):
         self._engine, self._problems, self._batches = engine, problems, batches
         self._tokenizer, self._grader, self._sampling = tokenizer, grader, sampling
-        self._seed, self._refill, self._useful = seed, refill, useful
+        self._seed, self._refill = seed, refill
         self._functions = functions or RewardFunctions()
         # Mean length of each problem's last completions; NaN: it has not been seen.
         self._seen = np.full(len(problems), np.nan)
@@ -177,13 +168,13 @@ class Collector:
         if not self._refill:
             return found, position
         drawn = [found.rewards]
-        while not (useful := self._useful(found.correct)).all() and len(drawn) <= self._refill:
+        while not (useful := mixed(found.correct)).all() and len(drawn) <= self._refill:
             more, position = self._draw(params, position), position + 1
             drawn.append(more.rewards)
             found = self._replace(found, useful, more)
         found.metrics = {
             "rollout/batches": float(len(drawn)),
-            "rollout/useful_frac": float(self._useful(found.correct).mean()),
+            "rollout/useful_frac": float(mixed(found.correct).mean()),
             "reward/drawn_mean": float(np.mean(drawn)),
         }
         return found, position
@@ -330,7 +321,7 @@ class Collector:
     ) -> Collected:
         """`found` with useful groups of `more` in place of its useless ones, as far as they go."""
         groups = len(useful)
-        spare = iter(np.flatnonzero(self._useful(more.correct)) + groups)
+        spare = iter(np.flatnonzero(mixed(more.correct)) + groups)
         picks = [p if good else int(next(spare, p)) for p, good in enumerate(useful)]
         rollouts, own = jax.tree.map(
             lambda a, b: np.concatenate([a, b]),

@@ -42,6 +42,14 @@ class Responses(NamedTuple):
     """Whether it was cut and had begun to repeat itself."""
 
 
+def group_of(problem: Problem, by: str) -> str:
+    """Returns the value of a problem's column `by`, of a list its length; "" where it has none."""
+    value = problem.meta.get(by)
+    if isinstance(value, list):
+        value = len(value)
+    return "" if value is None else str(value)
+
+
 def completion_texts(rollouts: Rollouts, tokenizer: Tokenizer) -> list[str]:
     """The P·G completions as text, without the end token. Waits for the rollouts."""
     tokens, lengths, finish = jax.device_get(
@@ -59,7 +67,7 @@ def eval_tokens(config: ConfigDict) -> int:
 
 def eval_settings(config: ConfigDict) -> dict[str, Any]:
     """Returns the keyword arguments of `evaluate` that a config has."""
-    keys = ("samples", "batch", "temperature", "top_p", "require_format")
+    keys = ("samples", "batch", "temperature", "top_p", "require_format", "by")
     found = {key: config.eval[key] for key in keys}
     return {**found, "max_new_tokens": eval_tokens(config), "seed": config.seed}
 
@@ -174,22 +182,27 @@ def evaluate(
     samples: int,
     batch: int,
     temperature: float,
-    top_p: float,
-    max_new_tokens: int,
-    require_format: bool,
+    top_p: float = 1.0,
+    max_new_tokens: int = 0,
+    require_format: bool | None = None,
+    by: str = "",
     seed: int,
     progress: Callable[[int, int], Any] = lambda finished, total: None,
 ) -> tuple[dict[str, float], list[Verdict]]:
     """`eval/…` metrics: means over problems and samples, and the verdicts.
 
     Args:
-      max_new_tokens: of a response, at most the engine's.
+      max_new_tokens: of a response, at most the engine's; 0: as many.
+      require_format: default: the grader's.
+      by: a column of the problems, see `group_of`; "": none.
       progress: called now and then with how many responses there are, and are to be.
 
     Returns:
       accuracy (mean verdict), length in tokens, the shares of all responses that were cut by the
       limit (truncated_frac) and that were cut while they repeated themselves (repetition_frac),
-      and, where any was cut, the share of the cut ones that did (overlong_repetition_frac).
+      and, where any was cut, the share of the cut ones that did (overlong_repetition_frac). With
+      several samples also pass_at_K, the share of problems that any of the K solves, and with `by`
+      accuracy/VALUE for each value of that column.
     """
     batch, total = min(batch, len(problems)), len(problems) * samples
     verdicts: list[Verdict] = []
@@ -199,7 +212,7 @@ def evaluate(
     sampling = sampling_params(
         (batch, samples),
         tokenizer.stop_ids,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or engine.max_new_tokens,
         temperature=temperature,
         top_p=top_p,
     )
@@ -218,8 +231,14 @@ def evaluate(
         lengths += said.lengths
         cut += said.cut
         repeating += said.repeats
+    right = np.array([v.reward for v in verdicts]).reshape(len(problems), samples)
+    parts: dict[str, list[float]] = {}
+    for (problem, _), share in zip(problems, right.mean(axis=1).tolist(), strict=True):
+        parts.setdefault(group_of(problem, by), []).append(share)
     return {
-        "eval/accuracy": float(np.mean([v.reward for v in verdicts])),
+        "eval/accuracy": float(right.mean()),
+        **({f"eval/pass_at_{samples}": float(right.max(axis=1).mean())} if samples > 1 else {}),
+        **{f"eval/accuracy/{value}": float(np.mean(x)) for value, x in parts.items() if value},
         "eval/length": float(np.mean(lengths)),
         "eval/truncated_frac": float(np.mean(cut)),
         "eval/repetition_frac": float(np.mean(repeating)),

@@ -22,6 +22,7 @@ from kdrl_jax.data import (
     read_problems,
     shown_prompt,
 )
+from kdrl_jax.objectives import METHODS
 from kdrl_jax.rewards import Grader, RewardFunctions
 from kdrl_jax.tasks.registry import get_task, task_form, task_problems, task_verifier
 from kdrl_jax.training.display import Display
@@ -79,13 +80,21 @@ def make_reward_functions(config: ConfigDict) -> RewardFunctions:
     return RewardFunctions(c.functions, c.verdict_weight, **settings)
 
 
+def answers_needed(config: ConfigDict) -> bool:
+    """Returns whether training reads right and wrong: in a reward, a mask or a choice of groups."""
+    method = METHODS[config.objective]
+    rewarded = method.policy and config.reward.verdict_weight > 0
+    masked = method.kd and config.kd_mask != "none"
+    return bool(rewarded or masked or method.supervised or config.rollout.refill)
+
+
 def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) -> RunData:
     """Training problems, filtered and tokenised, and held-out problems.
 
     Raises:
       UserError: unreadable rows, nothing left after the filters, too few problems for a step.
     """
-    data = config.data
+    data, source = config.data, config.data.path or config.data.task
     report: dict[str, Any] = {}
     wanted = config.eval.problems if config.eval.every else 0
     with processes.together():
@@ -95,10 +104,23 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
             training = draw(data.size, split="train")
             held_out = draw(wanted, split="test") if wanted else []
         else:
-            training = _read(data.path, data, display, report, "training")
+            needed = answers_needed(config)
+            training = _read(data.path, data, display, report, "training", answers=needed)
+            if without := sum(not problem.answer for problem in training):
+                display.say(
+                    f"{data.path}: {without} of {len(training)} problems have no answer; "
+                    f"objective={config.objective!r} needs none here, and reward/… counts their "
+                    "responses as wrong"
+                )
             held_out = []
             if data.eval_fraction:
                 training, held_out = _hold_out(training, config, display, report)
+                if wanted and any(not problem.answer for problem in held_out):
+                    raise UserError(
+                        f"data.eval_fraction: {data.eval_fraction}, but held-out problems of "
+                        f"{data.path} have no answer to evaluate by; fill it in, give a file with "
+                        "answers by data.eval_path, or set eval.every=0"
+                    )
             elif wanted:
                 held_out = _read(data.eval_path, data, display, report, "held-out")
         if data.filters:
@@ -106,13 +128,14 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
             training, filtered = apply_filters(training, data.filters, length)
             display.say(str(filtered))
             report["filters"] = filtered.to_dict()
+            for line in filtered.warnings():
+                display.alert(f"warning: {source}: {line}")
     if processes.count() > 1:  # which from here on share the work
         sets = {"set of training problems": training, "set of held-out problems": held_out}
         processes.agree(
-            data.path or data.task,
+            source,
             {k: digest([(x.id, x.problem, x.answer) for x in found]) for k, found in sets.items()},
         )
-    source = data.path or data.task
     encoded = _encode(training, config, tokenizer, display, report, "training", source)
     display.say(shown_prompt(*encoded[0], tokenizer))
     if len(encoded) < config.rollout.prompts_per_step:
@@ -128,10 +151,16 @@ def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) ->
 
 
 def _read(
-    path: str, data: ConfigDict, display: Display, report: dict[str, Any], what: str
+    path: str,
+    data: ConfigDict,
+    display: Display,
+    report: dict[str, Any],
+    what: str,
+    answers: bool = True,
 ) -> list[Problem]:
+    reading: dict[str, Any] = {"on_bad": data.on_bad, "answers": answers}
     with display.doing(f"reading {path}", row=False):  # the hub's libraries have bars
-        problems, found = read_problems(path, data.fields, on_bad=data.on_bad)
+        problems, found = read_problems(path, data.fields, **reading)
     if found.bad or found.notes or found.unpinned:
         display.say(str(found))
     report[what] = found.to_dict()

@@ -208,6 +208,11 @@ class Run:
         self.phases.next_step()
         self.clock.phase = "rollout"
 
+    def goes_on(self) -> bool:
+        """Whether nobody has told the run to stop. All processes must call."""
+        self.stopping.agree()
+        return not self.stopping
+
     def wait(self, then: str = "rollout") -> dict[str, float] | None:
         """Wait for the remembered step's update; its numbers, or None if there is none.
 

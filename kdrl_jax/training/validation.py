@@ -80,7 +80,7 @@ _NOT_NEGATIVE = (
     *("reference_coef", "tis_cap", "memory_gib"),
     *("rollout.refill", "rollout.slots", "rollout.carry", "student.lora.rank"),
     *("reward.overlong_buffer", "reward.overlong_penalty", "trrd.alpha"),
-    *("trrd.alpha_end", "trrd.alpha_steps", "k3_clamp", "adaptive_entropy.target"),
+    *("sft_problems", "trrd.alpha_end", "trrd.alpha_steps", "k3_clamp", "adaptive_entropy.target"),
     *("adaptive_entropy.delta", "adaptive_entropy.max"),
     "reward.verdict_weight",
     *(f"{role}.sft.{key}" for role in ROLES for key in ("steps", "seed")),
@@ -272,10 +272,15 @@ def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
             f"rollout.group_size: 1 gives objective={objective!r} only zero advantages, as "
             "they compare the rewards of a group; use 2 or more, or objective='kd_rkl'"
         )
-    if flat["rollout.refill"] and not (method.policy or method.supervised):
+    if flat["rollout.refill"] and not method.policy:
+        reason = (
+            "learns from a fixed set of answers"
+            if method.supervised
+            else ("learns from every group whatever its rewards")
+        )
         yield (
-            f"rollout.refill: {flat['rollout.refill']}, but objective={objective!r} learns from "
-            "every group whatever its rewards; set it to 0"
+            f"rollout.refill: {flat['rollout.refill']}, but objective={objective!r} {reason}; "
+            "set it to 0"
         )
     if flat["rollout.carry"] and (method.supervised or flat["rollout.refill"]):
         other = f"objective={objective!r}" if method.supervised else "rollout.refill"
