@@ -245,6 +245,10 @@ def get_config() -> ConfigDict:
     c.health.reward_frac = 0.6  # reward_collapse: mean reward below this share of its best
     # accuracy_drop: an evaluation below this share of the best; noisy where eval.problems are few
     c.health.accuracy_frac = 0.75
+    # no_gain: held-out accuracy, mean of three evaluations, less than this above that of the run in
+    # the folder `baseline` at the same steps: GRPO on the same data, say
+    c.health.baseline = ""
+    c.health.baseline_gain = 0.005
     c.health.length_factor = 2.0  # length_explosion: over so many times the mean of 50 steps
     c.health.length_frac = 0.5  # length_collapse: below this share of the first steps' length
     c.health.truncated_frac = 0.5  # truncation: share of responses cut at the limit

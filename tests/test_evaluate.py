@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -31,6 +32,7 @@ from kdrl_jax.rewards.format import final_answer
 from kdrl_jax.rollout import RolloutEngine, request_keys
 from kdrl_jax.sharding import make_mesh
 from kdrl_jax.training.display import Display
+from kdrl_jax.training.evaluation import eval_settings, eval_slots, grade_all
 from kdrl_jax.training.evaluation import evaluate as evaluate_held_out
 from kdrl_jax.training.roles import write_model_files
 from kdrl_jax.training.run_weights import save_params
@@ -168,7 +170,51 @@ def test_held_out_evaluation_counts_repetition(tokenizer, grader):
     draws = np.asarray(jax.vmap(jax.vmap(lambda k: jax.random.randint(k, (), 0, 12)))(keys))
     assert metrics["eval/accuracy"] == np.mean(draws == np.arange(5)[:, None])
     assert metrics["eval/truncated_frac"] == metrics["eval/repetition_frac"] == (draws > 9).mean()
+    assert metrics["eval/overlong_repetition_frac"] == 1.0  # of those that were cut, all repeat
+    right = draws == np.arange(5)[:, None]
+    assert metrics["eval/pass_at_4"] == right.any(axis=1).mean()
     assert [v.reward for v in verdicts] == (draws == np.arange(5)[:, None]).reshape(-1).tolist()
+
+
+def test_held_out_accuracy_by_a_column(tokenizer, grader):
+    asked = [
+        (dataclasses.replace(q.problem, meta={"names": ["x"] * (2 + i % 2)}), q.prompt)
+        for i, q in enumerate(questions(tokenizer, 5))
+    ]
+    settings = {"samples": 4, "temperature": 0.6, "batch": 5, "seed": 1}
+    metrics, verdicts = evaluate_held_out(
+        ScriptedEngine(tokenizer), None, asked, tokenizer, grader, by="names", **settings
+    )
+    shares = np.reshape([v.reward for v in verdicts], (5, 4)).mean(axis=1)
+    assert metrics["eval/accuracy/2"] == pytest.approx(shares[::2].mean())
+    assert metrics["eval/accuracy/3"] == pytest.approx(shares[1::2].mean())
+    assert metrics["eval/accuracy"] == pytest.approx(shares.mean())
+
+
+def test_the_format_counts_only_where_it_is_asked_for():
+    """Accuracy alone is the default of evaluations, whatever the reward of training is."""
+    right, formed = r"It is \boxed{5}.", r"<think>2+3</think>\boxed{5}"
+    with Grader(workers=1, require_format=True) as grader:
+        problems = [Problem("a", "?", "5"), Problem("b", "?", "5")]
+        for required, expected in ((None, [0, 1]), (True, [0, 1]), (False, [1, 1])):
+            verdicts = grade_all(grader, [right, formed], problems, require_format=required)
+            assert [v.reward for v in verdicts] == expected
+        assert grader.answers([right], require_format=False) == ["5"]
+        assert grader.answers([right]) == [None]
+    base = load_config(ROOT / "configs" / "base.py")
+    assert base.reward.require_format
+    assert eval_settings(base)["require_format"] is False
+
+
+def test_an_evaluation_has_a_budget_of_its_own():
+    base = load_config(ROOT / "configs" / "base.py")
+    assert eval_settings(base)["max_new_tokens"] == 20_480
+    stage2 = load_config(ROOT / "configs" / "stage2.py")
+    assert eval_settings(stage2)["max_new_tokens"] == 32_768
+    assert eval_slots(1024, 1024, 20_480, 32_768) == 1024 * 21_504 // 33_792
+    assert eval_slots(8, 1024, 8192, 8192) == 8
+    assert eval_slots(8, 1024, 8192, 512) == 8  # no more memory than there is for rollouts
+    assert eval_slots(1, 64, 64, 4096) == 1
 
 
 def test_buckets_grow_so_that_no_prompt_is_dropped():

@@ -7,7 +7,9 @@ import pytest
 
 from kdrl_jax.config import ROOT, load_config
 from kdrl_jax.objectives import METHODS
+from kdrl_jax.training.baseline import Baseline
 from kdrl_jax.training.health import WATCHES, Health
+from kdrl_jax.types import UserError
 
 CONFIG = load_config(ROOT / "configs" / "base.py").health.to_dict()
 WELL = {
@@ -25,11 +27,13 @@ WELL = {
     "weights/sum": 1.0,
     "health/teacher_effect": 0.1,
     "eval/accuracy": 0.5,
+    "eval/gain_over_baseline": 0.02,
 }
 ILL = {  # what trips each watch and, with a window of 4, no other
     "nonfinite": {"update/skipped": 1.0, "kl/teacher": math.nan},
     "reward_collapse": {"reward/mean": 0.1},
     "accuracy_drop": {"eval/accuracy": 0.3},
+    "no_gain": {"eval/gain_over_baseline": -0.01},
     "length_explosion": {"length/mean": 500.0},
     "length_collapse": {"length/mean": 20.0},
     "truncation": {"length/truncated_frac": 0.9},
@@ -156,6 +160,27 @@ def test_what_is_not_measured_sleeps():
     assert watched.to_json().keys() == WATCHES.keys() - {
         *("kl_blowup", "mismatch", "teacher_ignored")
     }
+
+
+def test_the_gain_over_a_baseline(tmp_path):
+    """Steps that both runs have, the last three of them; not the evaluation before training."""
+    rows = [{"step": s, "eval/accuracy": a} for s, a in ((0, 0.2), (5, 0.3), (10, 0.4), (20, 0.5))]
+    rows.insert(2, {"step": 7, "reward/mean": 0.1})
+    write_rows(tmp_path / "grpo", rows)
+    baseline = Baseline(str(tmp_path / "grpo"))
+    ours = [(0, 0.9), (5, 0.3), (8, 0.9), (10, 0.43)]
+    assert baseline.gain(ours) == {}
+    assert baseline.gain([*ours, (20, 0.53)])["eval/gain_over_baseline"] == pytest.approx(0.02)
+    assert Baseline("").gain([*ours, (20, 0.53)]) == {}
+    write_rows(tmp_path / "none", rows[:1])
+    for folder, words in (("nowhere", "no file"), ("none", "has no evaluation after its first")):
+        with pytest.raises(UserError, match=f"^health.baseline: .*{words}"):
+            Baseline(str(tmp_path / folder))
+
+
+def write_rows(folder, rows):
+    folder.mkdir()
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_a_collapse_in_the_first_steps_is_seen():

@@ -111,6 +111,7 @@ def loops(
         m["weights/sum"] += w
         m["kd/active_frac"] += kd_w
         m["kl/distilled_sum"] += w * ell * (kd_w != 0)
+        m["kl/distilled_k2_sum"] += w * 0.5 * ell**2 * (kd_w != 0)
         m["kl/masked_sum"] += w * ell * (kd_w == 0)
         m["kd/masked_frac"] += w * (kd_w == 0)
         for k, value in estimates.items():

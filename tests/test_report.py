@@ -336,7 +336,7 @@ def test_axis_smoothing_and_runs_are_switched(tab):
     minutes = tab.traces("reward/mean")[0]["x"]
     assert minutes[:3] == [pytest.approx(s / 60) for s in (4, 7, 10)]
     page.get_by_label("step", exact=True).check()
-    page.get_by_label("mean of 10 steps").check()
+    page.get_by_label("Smoothing").select_option("mean")
     tab.wait()
     raw, mean = (t for t in tab.traces("reward/mean") if t["run"] == 0)
     assert (raw["raw"], mean["raw"]) == (True, False)
@@ -344,7 +344,13 @@ def test_axis_smoothing_and_runs_are_switched(tab):
     assert mean["y"][2] == pytest.approx(0.015)
     kl = next(t for t in tab.traces("kl/teacher") if not t["raw"])
     assert kl["y"][6] is None  # what was not measured stays away
-    page.get_by_label("mean of 10 steps").uncheck()
+    page.get_by_label("Smoothing").select_option("ema")
+    tab.wait()
+    _, average = (t for t in tab.traces("reward/mean") if t["run"] == 0)
+    weights = [0.9**age for age in range(20, -1, -1)]
+    expected = sum(w * s / 100 for w, s in zip(weights, range(21), strict=True)) / sum(weights)
+    assert average["y"][20] == pytest.approx(expected)
+    page.get_by_label("Smoothing").select_option("")
     chip = page.locator("#legend button").first
     chip.click()
     tab.wait()

@@ -407,9 +407,21 @@ def test_a_diverged_run_counts_with_its_last_evaluation():
     assert study.values("arithmetic", "kdrl", "accuracy") == {0: 0.6, 1: 0.3}
     assert study.common_time("arithmetic", ["kdrl"]) == 20.0
     assert study.at("arithmetic", "kdrl", 20.0) == pytest.approx({0: 0.6, 1: 0.3})
-    x, mean, _, _ = study.curve("arithmetic", "kdrl", "eval/accuracy", by_time=False)
+    x, mean, _, _ = study.curve("arithmetic", "kdrl", "eval/accuracy", "step")
     np.testing.assert_allclose(x, (0, 10, 20))
     np.testing.assert_allclose(mean, (0.2, 0.35, 0.45))
+
+
+def test_accuracy_over_length():
+    """x is the mean length at the same evaluation; what has no length has no point."""
+    cells = [curve("kdrl", seed, (0.2, 0.4, 0.6)) for seed in (0, 1)]
+    for cell, lengths in zip(cells, ((30, 40, 60), (50, 60, 80)), strict=True):
+        cell.series["eval/length"] = lengths
+    x, mean, _, _ = Study(cells).curve("arithmetic", "kdrl", "eval/accuracy", "length")
+    np.testing.assert_allclose(x, (40, 50, 70))
+    np.testing.assert_allclose(mean, (0.2, 0.4, 0.6))
+    without = Study([curve("grpo", 0, (0.2, 0.4))])
+    assert not len(without.curve("arithmetic", "grpo", "eval/accuracy", "length")[0])
 
 
 def test_lost_accuracy():

@@ -181,9 +181,11 @@ def test_text_that_is_no_sum_of_its_tokens_is_not_taken_apart():
 
 def test_the_parts_of_the_kl_are_means_over_their_tokens():
     given = {"kl/teacher": 0.5, "kl/distilled_sum": 0.2, "kl/masked_sum": 0.3}
+    given["kl/distilled_k2_sum"] = 0.1
     shares = {"kd/active_frac": 0.25, "kd/masked_frac": 0.75}
     found = split_kl(given | shares)
     expected = {"kl/teacher": 0.5, **shares, "kl/distilled": 0.8, "kl/masked": 0.4}
+    expected["kl/distilled_k2"] = 0.4
     assert found == pytest.approx(expected)
     none = {"kd/active_frac": 1.0, "kd/masked_frac": 0.0}
     assert "kl/masked" not in split_kl(given | none)

@@ -230,8 +230,9 @@ def kl_by_mask(inputs: LossInputs) -> Metrics:
     Sums, as all metrics: a mean over the tokens of a part is its sum by its share.
 
     Returns:
-      "kl/distilled_sum" Σ w·ℓ where w_kd ≠ 0 and "kl/masked_sum" where it is 0; "kd/masked_frac"
-      Σ w of the latter. Tokens without a finite teacher log-prob are in neither.
+      "kl/distilled_sum" Σ w·ℓ and "kl/distilled_k2_sum" Σ w·½ℓ², the paper's KL loss, where
+      w_kd ≠ 0; "kl/masked_sum" Σ w·ℓ where it is 0, and "kd/masked_frac" Σ w there. Tokens without
+      a finite teacher log-prob are in none.
     """
     teacher = inputs.teacher
     assert teacher is not None
@@ -239,12 +240,14 @@ def kl_by_mask(inputs: LossInputs) -> Metrics:
     distilled = scored & (inputs.kd_weights != 0)
     masked = scored & (inputs.kd_weights == 0)
 
-    def total(part: Bool[Array, "..."]) -> Scalar:
+    def total(part: Bool[Array, "..."], estimator: str = "k1") -> Scalar:
         log_ratio = keep(part, inputs.log_probs) - keep(part, teacher)
-        return jnp.sum(inputs.weights * log_ratio)
+        term = ESTIMATORS[estimator](log_ratio, jnp.ones_like(log_ratio))
+        return jnp.sum(inputs.weights * term)
 
     return {
         "kl/distilled_sum": total(distilled),
+        "kl/distilled_k2_sum": total(distilled, "k2"),
         "kl/masked_sum": total(masked),
         "kd/masked_frac": jnp.sum(keep(masked, inputs.weights)),
     }

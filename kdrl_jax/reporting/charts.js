@@ -3,7 +3,8 @@
 
 const DASHES = ["solid", "dash", "dot"];
 const WINDOW = 10; // steps of the mean
-const view = { axis: "step", smooth: false, hidden: new Set(), timeline: 0 };
+const DECAY = 0.9; // of the exponential moving average
+const view = { axis: "step", smooth: "", hidden: new Set(), timeline: 0 };
 const drawings = []; // functions that draw a chart anew
 
 function timeUnit() {
@@ -17,8 +18,19 @@ function horizontal(run) {
   return run.columns.seconds.map((value) => value / seconds);
 }
 
-// Mean of the last WINDOW values that were measured; before there are as many, of those there are.
+// Of the values that were measured: the mean of the last WINDOW, before there are as many, of those
+// there are; or the average in which each older value weighs DECAY of the next.
 function smoothed(values) {
+  if (view.smooth === "ema") {
+    let sum = 0;
+    let weight = 0;
+    return values.map((value) => {
+      if (value === null) return null;
+      sum = DECAY * sum + value;
+      weight = DECAY * weight + 1;
+      return sum / weight;
+    });
+  }
   const recent = [];
   return values.map((value) => {
     if (value === null) return null;
@@ -38,7 +50,9 @@ function lines(panel) {
       const measured = values.filter((value) => value !== null).length;
       const sparse = metric.startsWith("eval/") || measured < values.length / 4;
       const line = { color: runColour(index), width: 1.8, dash: DASHES[number] };
-      const base = { x: horizontal(run), y: values, type: "scatter", connectgaps: true, line };
+      const x = panel.against ? run.columns[panel.against] : horizontal(run);
+      if (!x) return;
+      const base = { x, y: values, type: "scatter", connectgaps: true, line };
       const name = label ? `${run.name}, ${label}` : run.name;
       if (view.smooth && !sparse) {
         const faint = { ...base, mode: "lines", opacity: 0.22, hoverinfo: "skip" };
@@ -75,7 +89,7 @@ function alertShapes(indices) {
   });
 }
 
-function layout(share, shapes) {
+function layout(share, shapes, against = "") {
   const [word] = timeUnit();
   const axis = { gridcolor: colour("--rule"), zeroline: false, linecolor: colour("--rule"), automargin: true };
   return {
@@ -87,7 +101,7 @@ function layout(share, shapes) {
     hovermode: "x unified",
     hoverlabel: { bgcolor: colour("--paper"), bordercolor: colour("--rule"), font: { color: colour("--ink") } },
     dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
-    xaxis: { ...axis, title: { text: view.axis === "step" ? "step" : word, standoff: 4 }, showgrid: false },
+    xaxis: { ...axis, title: { text: against || (view.axis === "step" ? "step" : word), standoff: 4 }, showgrid: false },
     yaxis: { ...axis, nticks: 6, ...(share ? { range: [-0.02, 1.02] } : {}) },
     shapes,
   };
@@ -113,11 +127,14 @@ function addPanel(sheet, panel) {
     labels.forEach((label, i) => caption.append(make("span", `series ${DASHES[i]}`, label)));
   }
   figure.dataset.metrics = Object.keys(panel.series).join(" ");
+  figure.dataset.against = panel.against;
   sheet.append(figure);
   drawings.push(() => {
     const shown = DATA.runs.map((_, i) => i).filter((i) => !view.hidden.has(i));
     const traces = lines(panel);
-    const appearance = layout(panel.share, alertShapes(shown));
+    const shapes = panel.against ? [] : alertShapes(shown);
+    const appearance = layout(panel.share, shapes, panel.against && panel.unit);
+    if (panel.against) appearance.hovermode = "closest";
     const nothing = traces.every((trace) => trace.y.every((value) => !value));
     if (nothing && !panel.share) appearance.yaxis.range = [-0.02, 1];
     return plot(drawing, traces, appearance);
@@ -219,7 +236,7 @@ for (const input of document.querySelectorAll("input[name=axis]")) {
   });
 }
 $("smooth").addEventListener("change", () => {
-  view.smooth = $("smooth").checked;
+  view.smooth = $("smooth").value;
   drawAll();
 });
 themeListeners.push(drawAll);

@@ -15,12 +15,14 @@ class Panel:
       series: metric → what it is called beside the others of the panel.
       unit: of the vertical axis.
       share: whether the axis goes from 0 to 1.
+      against: a metric that takes the place of step or time; "": none.
     """
 
     title: str
     series: dict[str, str]
     unit: str = ""
     share: bool = False
+    against: str = ""
 
 
 def panel(title: str, *metrics: str, **options: Any) -> Panel:
@@ -32,6 +34,14 @@ def panel(title: str, *metrics: str, **options: Any) -> Panel:
 GROUPS: dict[str, tuple[Panel, ...]] = {
     "Learning": (
         panel("Held-out accuracy", "eval/accuracy", share=True),
+        panel(
+            "Accuracy over length",
+            "eval/accuracy",
+            unit="by tokens of a response",
+            share=True,
+            against="eval/length",
+        ),
+        panel("Accuracy less the baseline's", "eval/gain_over_baseline", unit="mean of three"),
         panel("Reward of rollouts", "reward/mean=trained on", "reward/drawn_mean=drawn"),
         panel(
             "Groups without a difference",
@@ -62,14 +72,17 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
             "kl/masked=tokens masked from it",
             unit="nats per token",
         ),
+        panel("KL loss of distilled tokens", "kl/distilled_k2", unit="k2, nats per token"),
         panel("β", "beta"),
+        panel("α of TRRD", "alpha", share=True),
         panel("Distilled", "kd/active_frac", unit="share of weight", share=True),
         panel("Log-ratios clamped by TRRD", "trrd/clamped_frac", unit="share", share=True),
         panel("Gradient's change with a shuffled teacher", "health/teacher_effect", unit="share"),
     ),
     "Policy": (
         panel("Entropy", "entropy/mean", unit="nats per token"),
-        panel("Clip ratio", "policy/clip_frac", unit="share of weight"),
+        panel("Coefficient of the entropy bonus", "entropy/coef"),
+        panel("Importance ratios clipped", "policy/clip_frac", unit="share of weight"),
         panel("Importance ratio", "policy/ratio_mean", unit="mean"),
         panel("KL(sampler‖trainer)", "mismatch/kl", unit="nats per token"),
         panel("KL(student‖initial student)", "kl/reference", unit="nats per token"),
@@ -80,10 +93,17 @@ GROUPS: dict[str, tuple[Panel, ...]] = {
     "Length": (
         panel("Response length", "length/mean=mean", "length/max=longest", unit="tokens"),
         panel(
-            "Responses cut at the limit",
-            "length/truncated_frac=cut",
-            "length/repetition_frac=cut while repeating",
-            unit="share of responses",
+            "Clip ratio",
+            "length/truncated_frac=of rollouts",
+            "eval/truncated_frac=of evaluations",
+            unit="share of responses cut at the limit",
+        ),
+        panel(
+            "Repetition rate",
+            "length/overlong_repetition_frac=of overlong rollouts",
+            "eval/overlong_repetition_frac=of overlong evaluations",
+            "length/repetition_frac=of all rollouts",
+            unit="share that repeats itself",
         ),
     ),
     "Throughput": (
@@ -139,7 +159,7 @@ def panels_of(metrics: Iterable[str]) -> list[dict[str, Any]]:
         shown = [
             dataclasses.asdict(p) | {"series": {m: n for m, n in p.series.items() if m in known}}
             for p in panels
-            if known & p.series.keys()
+            if known & p.series.keys() and {p.against} - {""} <= known
         ]
         if shown:
             found.append({"title": title, "panels": shown})
@@ -150,4 +170,4 @@ def drawn_metrics(metrics: Iterable[str]) -> set[str]:
     """Those of `metrics` that any panel has."""
     known = set(metrics)
     panels = (panel for group in all_groups(known).values() for panel in group)
-    return known & {metric for panel in panels for metric in panel.series}
+    return known & {m for panel in panels for m in (*panel.series, panel.against)}

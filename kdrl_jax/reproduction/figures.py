@@ -61,28 +61,31 @@ class Panel:
     task: str
     series: str
     methods: tuple[str, ...]
-    by_time: bool = False
+    by: str = "step"
+    """step | time | length, the mean length of held-out responses."""
 
     @property
     def x_label(self) -> str:
-        return "training time, s" if self.by_time else "step"
+        names = {"time": "training time, s", "length": "mean length of a response, tokens"}
+        return names.get(self.by, "step")
 
 
 def panels_of(task: str, methods: Sequence[str]) -> list[Panel]:
     """The learning curves and dynamics of a task."""
     wanted = (
-        ("accuracy", "Held-out accuracy", ACCURACY, False),
-        ("accuracy_time", "Held-out accuracy at equal training time", ACCURACY, True),
-        ("length", "Response length, tokens", "eval/length", False),
-        ("truncated", "Clip ratio: responses cut at the limit", "eval/truncated_frac", False),
-        ("kl", "KL(student‖teacher), nats per token", "kl/teacher", False),
-        ("repetition", "Responses that repeat themselves", "eval/repetition_frac", False),
-        ("entropy", "Entropy of the student, nats per token", "entropy/mean", False),
-        ("beta", "β", "beta", False),
+        ("accuracy", "Held-out accuracy", ACCURACY, "step"),
+        ("accuracy_time", "Held-out accuracy at equal training time", ACCURACY, "time"),
+        ("accuracy_length", "Held-out accuracy over response length", ACCURACY, "length"),
+        ("length", "Response length, tokens", "eval/length", "step"),
+        ("truncated", "Clip ratio: responses cut at the limit", "eval/truncated_frac", "step"),
+        ("kl", "KL(student‖teacher), nats per token", "kl/teacher", "step"),
+        ("repetition", "Responses that repeat themselves", "eval/repetition_frac", "step"),
+        ("entropy", "Entropy of the student, nats per token", "entropy/mean", "step"),
+        ("beta", "β", "beta", "step"),
     )
     return [
-        Panel(f"{task}_{key}", heading, task, series, tuple(methods), by_time)
-        for key, heading, series, by_time in wanted
+        Panel(f"{task}_{key}", heading, task, series, tuple(methods), by)
+        for key, heading, series, by in wanted
     ]
 
 
@@ -157,7 +160,7 @@ def _style() -> dict[str, Any]:
 
 def has_data(study: Study, panel: Panel) -> bool:
     """Whether any method has the panel's series, and anywhere other than 0."""
-    curves = [study.curve(panel.task, m, panel.series, panel.by_time) for m in panel.methods]
+    curves = [study.curve(panel.task, m, panel.series, panel.by) for m in panel.methods]
     return any(len(x) and np.any(mean != 0) for x, mean, _, _ in curves)
 
 
@@ -166,18 +169,22 @@ def draw(axis: Any, study: Study, panel: Panel, heading: str) -> None:
     ends: list[tuple[float, float, str]] = []
     right = 0.0
     for method in panel.methods:
-        x, mean, low, high = study.curve(panel.task, method, panel.series, panel.by_time)
+        x, mean, low, high = study.curve(panel.task, method, panel.series, panel.by)
         if not len(x) or (panel.series == "beta" and not np.any(mean)):
             continue  # not measured, or a method without β
         colour, dash = STYLES[method]
         front = 3 if method == "kdrl" else 2
         axis.plot(x, mean, color=colour, linestyle=dash, zorder=front)
-        axis.fill_between(x, low, high, color=colour, alpha=0.10, linewidth=0, zorder=1)
+        if panel.by == "length":  # where it ends says it all
+            axis.plot(x[-1], mean[-1], color=colour, marker="o", zorder=front)
+        else:
+            axis.fill_between(x, low, high, color=colour, alpha=0.10, linewidth=0, zorder=1)
         ends.append((float(mean[-1]), float(x[-1]), method))
         right = max(right, float(x[-1]))
     axis.set_title(heading, pad=10)
     axis.set_xlabel(panel.x_label)
-    axis.set_xlim(0, right or 1)
+    if panel.by != "length":
+        axis.set_xlim(0, right or 1)
     axis.margins(y=0.08)
     if panel.series in FRACTIONS:
         from matplotlib.ticker import PercentFormatter

@@ -95,15 +95,27 @@ class Study:
             return paired(self.at(task, left, seconds), self.at(task, right, seconds))
         return paired(self.values(task, left, metric), self.values(task, right, metric))
 
-    def curve(self, task: str, method: str, name: str, by_time: bool) -> Curve:
+    def curve(self, task: str, method: str, name: str, by: str) -> Curve:
         """x, mean, low and high of a series over the seeds, [E] each.
 
         Where a run diverged its last value is carried on.
+
+        Args:
+          by: what x is: "step", "time" or "length", the mean length of held-out responses.
         """
+        if by == "length":
+            return self._over_length(task, method, name)
         if (task, method, name) not in self._curves:  # drawn more than once, costly to make
             self._curves[task, method, name] = self._curve(task, method, name)
         (steps, mean, low, high), times = self._curves[task, method, name]
-        return times if by_time else steps, mean, low, high
+        return times if by == "time" else steps, mean, low, high
+
+    def _over_length(self, task: str, method: str, name: str) -> Curve:
+        """A curve by the mean length at the same steps."""
+        steps, mean, low, high = self.curve(task, method, name, "step")
+        at, length, _, _ = self.curve(task, method, "eval/length", "step")
+        _, first, second = np.intersect1d(steps, at, return_indices=True)
+        return length[second], mean[first], low[first], high[first]
 
     def _curve(self, task: str, method: str, name: str) -> tuple[Curve, np.ndarray]:
         """The curve by step, and the times of its points."""

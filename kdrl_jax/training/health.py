@@ -127,6 +127,11 @@ def _teacher_ignored(m: Memory, limit: float, _: Memories) -> str:
     return f"shuffling it changes {m.last:.1g} of the gradient" if deaf else ""
 
 
+def _no_gain(m: Memory, limit: float, _: Memories) -> str:
+    said = f"held-out accuracy is {m.last:+.3f} from that of health.baseline, mean of three"
+    return said if m.last < limit else ""
+
+
 @dataclasses.dataclass(frozen=True)
 class Watch:
     """A row of the table.
@@ -179,6 +184,14 @@ WATCHES: dict[str, Watch] = {
         _fell("held-out accuracy"),
         "training makes it worse: compare with an earlier checkpoint; lower "
         "optimizer.learning_rate; with reward_shaping use objective=kdrl",
+        at_once=True,
+    ),
+    "no_gain": Watch(
+        _metric("eval/gain_over_baseline"),
+        "baseline_gain",
+        _no_gain,
+        "the teacher brings nothing over the baseline: check that it is better than the student on "
+        "this data, raise beta.init, or use objective=grpo, which costs less",
         at_once=True,
     ),
     "length_explosion": Watch(

@@ -22,6 +22,7 @@ from kdrl_jax.data import Tokenizer
 from kdrl_jax.models import ModelConfig
 from kdrl_jax.objectives import METHODS, AdaptiveEntropy, Trend
 from kdrl_jax.training.adapters import FILE as BASE_FILE
+from kdrl_jax.training.baseline import Baseline
 from kdrl_jax.training.checkpoints import CheckpointStore, stored_steps
 from kdrl_jax.training.collect import Collected
 from kdrl_jax.training.compiling import CompileCounter
@@ -115,6 +116,7 @@ class Run:
         meter: Meter,
     ):
         self._data, self.trend, self._health = data, trend, health
+        self._baseline = Baseline(config.health.baseline)
         self._entropy = AdaptiveEntropy(config.entropy_coef, **config.adaptive_entropy)
         self._memory, self._meter, self._step = memory, meter, start or 0
         self.config, self.workdir, self.store = config, workdir, store
@@ -273,6 +275,8 @@ class Run:
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add an evaluation to the step's line; before the first step it is a line of its own."""
         self.clock.lap("eval")
+        so_far = [*self._accuracies, (step, metrics["eval/accuracy"])]
+        metrics = {**metrics, **self._baseline.gain(so_far)}
         self.display.event("eval", {"step": step, **metrics})
         numbers = self.wait()
         if numbers is None:

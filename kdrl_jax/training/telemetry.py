@@ -61,8 +61,10 @@ def rollout_metrics(
 ) -> dict[str, float]:
     """Rewards, verdicts and lengths of one step.
 
-    "length/repetition_frac" is the share of all responses that were cut while they repeated
-    themselves: those that end by themselves are not looked at.
+    "length/truncated_frac" is the share of responses that the limit cut, the clip ratio of arXiv
+    2506.02208. "length/repetition_frac" is the share of all responses that were cut while they
+    repeated themselves; "length/overlong_repetition_frac" the share of those that were cut, which
+    is the paper's, absent where none was. Responses that end by themselves are not looked at.
 
     Args:
       rollouts: host arrays.
@@ -95,6 +97,7 @@ def rollout_metrics(
         "length/max": float(lengths.max()),
         "length/truncated_frac": len(cut) / finish.size,
         "length/repetition_frac": loops / finish.size,
+        **({"length/overlong_repetition_frac": loops / len(cut)} if len(cut) else {}),
         **said,
     }
 
@@ -106,6 +109,7 @@ def split_kl(numbers: Mapping[str, float]) -> dict[str, float]:
     """
     parts = {
         "kl/distilled": ("kl/distilled_sum", "kd/active_frac"),
+        "kl/distilled_k2": ("kl/distilled_k2_sum", "kd/active_frac"),
         "kl/masked": ("kl/masked_sum", "kd/masked_frac"),
     }
     sums = {total for total, _ in parts.values()}

@@ -33,6 +33,7 @@ from kdrl_jax.objectives import (
 from kdrl_jax.rewards import FORMS
 from kdrl_jax.tasks.registry import get_task, task_args
 from kdrl_jax.training.adapters import lora_of, lora_problems
+from kdrl_jax.training.baseline import Baseline
 from kdrl_jax.training.health import THRESHOLDS, WATCHES
 from kdrl_jax.training.locate import MODEL_KEYS, find_model
 from kdrl_jax.training.own_code import own_code_problems
@@ -235,6 +236,8 @@ def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
         if flat["rollout.server.url"]:
             yield from server_problems(flat, METHODS[flat["objective"]])
     yield from wandb_problems(flat)
+    if sources:
+        yield from _problems_of(Baseline, flat["health.baseline"])
     yield from safety_problems(flat)
     yield from size_problems(flat)
     yield from lora_problems(flat, sources)
