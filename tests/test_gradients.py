@@ -257,6 +257,42 @@ def test_k1_as_a_loss_has_no_gradient_and_is_refused():
                       kd_estimator="k1_loss")  # fmt: skip
 
 
+def test_the_log_ratio_as_a_joint_loss_does_not_depend_on_the_teacher():
+    """AReaL's joint branch of August 2026: GRPO + c·mean(log π_θ − log π_T), the latter detached.
+
+    Its gradient is the same for every teacher, sequence by sequence; and in expectation, on-policy,
+    it is GRPO's alone. KDRL's is not.
+    """
+    length = 2
+    student = table(0, length)
+    _, rows = sequences(length)
+    tokens, _ = sequences(length)
+    sampled = jnp.asarray(sequence_probs(student, length), jnp.float32)
+    advantages = jnp.asarray(np.random.default_rng(3).normal(size=tokens.shape), jnp.float32)
+
+    def gradient(teacher, coefficient, weights):
+        of_teacher = jnp.asarray(token_values(teacher, length), jnp.float32)
+
+        def joint(logits):
+            log_p = jax.nn.log_softmax(logits)[rows, tokens]
+            policy = -jnp.exp(log_p - jax.lax.stop_gradient(log_p)) * advantages
+            return jnp.sum(weights * (policy + coefficient * (log_p - of_teacher)))
+
+        return np.asarray(jax.grad(joint)(jnp.asarray(student, jnp.float32)))
+
+    near, far = table(1, length), table(2, length, 4.0)
+    some = sampled * (np.random.default_rng(4).uniform(size=sampled.shape) > 0.5)
+    np.testing.assert_array_equal(gradient(near, 0.3, some), gradient(far, 0.3, some))
+    np.testing.assert_allclose(
+        gradient(near, 0.3, sampled), gradient(near, 0.0, sampled), atol=1e-6
+    )
+    ours = [
+        loss_gradient(student, length, teacher=teacher, weights=sampled, beta=0.3)
+        for teacher in (near, far)
+    ]
+    assert np.abs(ours[0] - ours[1]).max() > 0.1
+
+
 @pytest.mark.parametrize("estimator", ["k1", "k2"])
 def test_what_the_token_level_form_leaves_out(estimator):
     """∇KL of whole sequences also moves the first token for the KL it leads to; ours does not."""

@@ -298,6 +298,20 @@ def test_no_advantage_no_gradient(rng, clamp_gradient, alpha):
     assert gradient(log_probs, distilled, loss=kdrl_loss, beta=0.1).any()
 
 
+def test_alpha_zero_knows_no_old_student(rng):
+    """log r is the clamped log-ratio to the teacher alone: the old student changes nothing."""
+    log_probs, batch = random_batch(rng)
+    moved = batch | {"old_log_probs": np.asarray(batch["old_log_probs"]) + 0.3}
+    found, other = (gradient(log_probs, b, alpha=0.0) for b in (batch, moved))
+    np.testing.assert_array_equal(found, other)
+    assert np.abs(found).max() > 0.01
+    assert np.abs(
+        gradient(log_probs, batch, alpha=0.5) - gradient(log_probs, moved, alpha=0.5)
+    ).any()
+    far = batch | {"teacher_log_probs": log_probs - 2.0}  # beyond the clamp: no gradient at all
+    np.testing.assert_array_equal(gradient(log_probs, far, alpha=0.0), 0.0)
+
+
 @pytest.mark.parametrize("far", [3.0, -3.0])
 def test_the_clamp_takes_the_teachers_part_alone(far):
     """Unclipped, |ℓ| > 1: ∂J/∂log π_θ is α·r·Â; straight through r·Â; inside the clamp r·Â."""
