@@ -43,6 +43,8 @@ STYLES: dict[str, tuple[str, Any]] = {
     "mask_group": (PURPLE, DASHED),
     "beta_quarter": (RED, DASHED),
     "beta_fourfold": (GREEN, DASHED),
+    "beta_half": (RED, DOTTED),
+    "beta_more": (GREEN, DOTTED),
     "weak_kdrl": (BLUE, DASHED),
     "weak_kd_rkl": (GREEN, DASHED),
 }
@@ -103,7 +105,12 @@ ABLATIONS: tuple[tuple[str, str, str, tuple[str, ...]], ...] = (
         "eval/length",
         ("kdrl", "mask_response", "mask_group"),
     ),
-    ("betas", "Size of β", ACCURACY, ("kdrl", "beta_quarter", "beta_fourfold")),
+    (
+        "betas",
+        "Size of β",
+        ACCURACY,
+        ("kdrl", "beta_quarter", "beta_half", "beta_more", "beta_fourfold"),
+    ),
     ("teachers", "A weaker teacher", ACCURACY, ("kdrl", "weak_kdrl", "kd_rkl", "weak_kd_rkl")),
     ("rlad", "RLAD's clamp", ACCURACY, ("kdrl", "trrd", "trrd_straight_through")),
 )

@@ -60,6 +60,22 @@ def _adaptive(base: ConfigDict) -> Changes:
     return {**_annealing(base), "beta.schedule": "adaptive", "beta.delta": share}
 
 
+def _sft(base: ConfigDict) -> Changes:
+    """Rejection sampling in the proportions of appendix B.2.
+
+    A fifth of the others' learning rate; 8 candidates where a group has 8; as many problems as the
+    others see, so that the right answers are used about once.
+    """
+    return {
+        "objective": "sft",
+        "aggregation": "seq-mean-token-mean",
+        "entropy_coef": 0.0,
+        "reward.require_format": False,
+        "optimizer.learning_rate": base.optimizer.learning_rate / 5,
+        "sft_problems": base.steps * base.rollout.prompts_per_step,
+    }
+
+
 def _distil_then_rl(base: ConfigDict) -> Changes:
     half = base.steps // 2
     return {
@@ -73,8 +89,8 @@ def _distil_then_rl(base: ConfigDict) -> Changes:
 METHODS: dict[str, Method] = {
     "sft": Method(
         "SFT",
-        "cross-entropy on the teacher's samples that are right (rejection sampling)",
-        _constant(objective="sft"),
+        "cross-entropy on a fixed set of the teacher's right answers (rejection sampling)",
+        _sft,
     ),
     "kd_rkl": Method(
         "KD-RKL", "on-policy distillation alone, reverse KL", _constant(objective="kd_rkl")
@@ -102,9 +118,15 @@ METHODS: dict[str, Method] = {
     "estimator_k1": Method(
         "k1", "KDRL with the score-function form of k1", _constant(kd_estimator="k1")
     ),
-    "estimator_k3": Method("k3", "KDRL with k3 as the loss", _constant(kd_estimator="k3")),
+    "estimator_k3": Method(
+        "k3",
+        "KDRL with k3 as the loss, at most 10 nats as in verl",
+        _constant(kd_estimator="k3", k3_clamp=10.0),
+    ),
     "estimator_topk": Method(
-        "Top-K", "KDRL with the teacher's K likeliest tokens", _constant(kd_estimator="topk")
+        "Top-K",
+        "KDRL to a teacher that has next to nothing outside its K likeliest tokens",
+        _constant(kd_estimator="topk", **{"kd_topk.support": "floor"}),
     ),
     "estimator_full": Method(
         "full", "KDRL with the exact KL over the vocabulary", _constant(kd_estimator="full")
@@ -116,6 +138,8 @@ METHODS: dict[str, Method] = {
         "group mask", "KDRL, distilling only groups without a right one", _constant(kd_mask="group")
     ),
     "beta_quarter": Method("β/4", "KDRL with a quarter of β", _scaled_beta(0.25)),
+    "beta_half": Method("β/2", "KDRL with half of β", _scaled_beta(0.5)),
+    "beta_more": Method("2.5 β", "KDRL with two and a half times β", _scaled_beta(2.5)),
     "beta_fourfold": Method("4 β", "KDRL with four times β", _scaled_beta(4.0)),
     "weak_kdrl": Method(
         "KDRL, weaker teacher", "KDRL with a weaker teacher", _constant(), variant="weak_teacher"
