@@ -67,7 +67,9 @@ def test_stage2_is_that_of_numpy(passed):
     assert set(ids(kept)) <= set(np.flatnonzero(left & short))
     assert ids(kept) == sorted(ids(kept))
     assert report.start == 400
-    assert steps[3] == len(kept)
+    assert steps[3] == steps[4] == len(kept)
+    [line] = report.warnings()  # 400 problems are not the paper's 61K
+    assert line.startswith(f"{len(kept)} problems, but about 61,000 were expected here")
 
 
 def test_zero_rl_recipes(passed):
@@ -75,6 +77,17 @@ def test_zero_rl_recipes(passed):
     for filters, least in ((ZERO_RL_TEACHER_FILTERS, 4), (ZERO_RL_STUDENT_FILTERS, 8)):
         kept, _ = apply_filters(problems, filters)
         assert ids(kept) == np.flatnonzero(passed[:, 0] >= least).tolist()
+
+
+@pytest.mark.parametrize(("count", "warned"), [(94, 1), (95, 0), (100, 0), (105, 0), (106, 1)])
+def test_a_count_that_is_not_the_expected_one_is_reported(count, warned):
+    """Beyond 5 %; nothing is dropped."""
+    problems = labelled_set([[1, 0, 0]] * count)
+    kept, report = apply_filters(problems, ["expected:n=100"])
+    assert kept == problems
+    assert len(report.warnings()) == warned
+    with pytest.raises(UserError, match=r"data.filters\[0\]: 'expected': needs n="):
+        parse_filters(["expected"])
 
 
 @pytest.mark.parametrize(

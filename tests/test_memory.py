@@ -300,6 +300,19 @@ def test_what_a_server_draws_with_is_not_counted():
     assert there.phases["update"] == here.phases["update"]
 
 
+def test_a_longer_evaluation_takes_no_more_cache_than_rollouts():
+    """As many responses fewer at once: 32 of 256 tokens in rollouts, 12 of 640 in evaluations."""
+    equal = config_of(**{"eval.every": 5, "eval.batch": 8, "eval.samples": 4})
+    longer = config_of(
+        **{"eval.every": 5, "eval.batch": 8, "eval.samples": 4, "eval.max_new_tokens": 576}
+    )
+    levers = Levers.of(equal)
+    here, there = (planner_of(config, shape()).plan(levers).phases for config in (equal, longer))
+    assert there["rollout"] == here["rollout"]
+    cache = there["eval"]["KV cache"] / here["eval"]["KV cache"]
+    assert 0.7 < cache < 1.4  # but for the sizes that caches grow by
+
+
 def check_of(config, model=None, mesh=None) -> MemoryCheck:
     mesh = mesh or one_device()
     both = dict.fromkeys(("student", "teacher"), model or shape())

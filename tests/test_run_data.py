@@ -71,6 +71,42 @@ def test_bad_rows_refuse_a_run_unless_they_may_be_dropped(tmp_path, tokenizer):
         read_run_data(config(data__path=path, eval__every=0), tokenizer, Display())
 
 
+KD = {"objective": "kd_rkl", "data.prompt_style": "plain"}
+OWN = {"reward.verdict_weight": 0.0, "reward.functions": "('m:f',)", "objective": "grpo"}
+
+
+@pytest.mark.parametrize("how", [KD, OWN], ids=["kd_rkl", "own rewards"])
+def test_rows_need_no_answer_where_no_verdict_is_read(tmp_path, tokenizer, capsys, how):
+    rows = [{"problem": "1+1="}, {"problem": "2+2=", "answer": None}]
+    rows += [{"problem": "3+3=", "answer": " "}, {"problem": "4+4=", "answer": 8}]
+    path = write(tmp_path / "train.jsonl", rows)
+    given = {"data__path": path, "eval__every": 0, **how}
+    data = read_run_data(config(**given), tokenizer, Display())
+    assert [p.answer for p, _ in data.training] == ["", "", "", "8"]
+    assert f"{path}: 3 of 4 problems have no answer" in capsys.readouterr().out
+    measured = config(**given | {"eval__every": 1, "data__eval_fraction": 0.5})
+    with pytest.raises(UserError, match=r"eval_fraction: 0\.5, but held-out problems of"):
+        read_run_data(measured, tokenizer, Display())
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        {"objective": "kdrl"},
+        KD | {"kd_mask": "response"},
+        KD | {"objective": "sft"},
+        OWN | {"reward.verdict_weight": 0.5},
+        OWN | {"rollout.refill": 1},
+        OWN | {"objective": "kdrl", "kd_mask": "group"},
+    ],
+)
+def test_rows_need_an_answer_where_a_verdict_is_read(tmp_path, tokenizer, reads):
+    path = write(tmp_path / "train.jsonl", [{"problem": "1+1="}, {"problem": "2+2="}])
+    asked = config(data__path=path, eval__every=0, **reads)
+    with pytest.raises(UserError, match="has no answer"):
+        read_run_data(asked, tokenizer, Display())
+
+
 def test_a_task_takes_arguments_and_filters(tokenizer):
     keys = {"data__task": "arithmetic", "data__size": 40, "eval__every": 5}
     args = json.dumps({"min_terms": 2, "max_terms": 3})

@@ -165,6 +165,19 @@ def test_ends_and_limits(kind, folder, tmp_path, params):
 
 
 @BOTH
+def test_an_evaluation_may_be_longer_than_a_rollout(kind, folder, tmp_path, params):
+    keys = request_keys(1, 2, range(3), 2)
+    with LocalServer(folder, kind) as server:
+        made = client(server, tmp_path, stop_ids=(), evaluation_tokens=LENGTH + 3)
+        asked = {n: settings((3, 2), (), max_new_tokens=n) for n in (LENGTH, LENGTH + 3, 500)}
+        found = {n: made.generate(params, left_padded(3), keys, s) for n, s in asked.items()}
+    for n, out in found.items():
+        most = min(n, LENGTH + 3)
+        assert out.tokens.shape == (3, 2, most)
+        assert (out.lengths == most).all()
+
+
+@BOTH
 def test_seeds_follow_from_the_keys(kind, folder, tmp_path, params):
     with LocalServer(folder, kind) as server:
         first, again = drawn(server, tmp_path, params), drawn(server, tmp_path, params)

@@ -1,4 +1,4 @@
-"""The default grid: nine methods and eleven ablations, two tasks, five seeds, within an hour on two CPU cores.
+"""The default grid: nine methods, eleven ablations, two tasks, five seeds; an hour on two cores.
 
     python -m kdrl_jax.reproduce --grid=configs/reproduce/cpu.py --output=runs/reproduce
 

@@ -59,8 +59,8 @@ class ServerEngine:
       stop_ids: its end tokens, for config.json.
       valid_vocab: only ids below it may be drawn, the ids the tokenizer knows.
       prompt_buckets: the padded prompt lengths there may be.
-      max_new_tokens: T, the completion slots, more where a call asks for more; the end token takes
-        one.
+      max_new_tokens: T, the completion slots; the end token takes one.
+      evaluation_tokens: the slots of a call that asks for more than T tokens.
 
     Attributes:
       last: what the last `generate` did; how often the server ran its model is not known, so
@@ -80,9 +80,11 @@ class ServerEngine:
         valid_vocab: int,
         prompt_buckets: Sequence[int],
         max_new_tokens: int,
+        evaluation_tokens: int = 0,
     ):
         self.server, self.dialect = server, dialect
         self.prompt_buckets, self.max_new_tokens = tuple(prompt_buckets), max_new_tokens
+        self._most = max(max_new_tokens, evaluation_tokens)
         self.last = DecodeStats()
         self._model, self.weights = model, weights.absolute()
         self._tokenizer_folder, self._stop_ids = tokenizer_folder, tuple(stop_ids)
@@ -128,8 +130,8 @@ class ServerEngine:
         for number in (p * shape[1] + g for p in problems for g in range(shape[1])):
             if processes.mine(number):
                 places.setdefault(requests[number], []).append(number)
-        longest = max(request.limit for request in requests)
-        found = _Found(prompts, shape, max(self.max_new_tokens, longest))
+        longer = any(request.limit > self.max_new_tokens for request in requests)
+        found = _Found(prompts, shape, self._most if longer else self.max_new_tokens)
         asked = list(places)
         asks = [self.dialect.draw(request, drawing) for request in asked]
         losses = self.server.losses
@@ -209,7 +211,7 @@ class ServerEngine:
         """The P·G requests, problem by problem."""
         problems, group = request_keys.shape
         limits, keys = jax.device_get((sampling.max_new_tokens, jax.random.key_data(request_keys)))
-        limits = np.maximum(np.broadcast_to(limits, (problems, group)), 1)
+        limits = np.clip(np.broadcast_to(limits, (problems, group)), 1, self._most)
         return [
             Request(
                 tuple(prompts.tokens[p, prompts.tokens.shape[1] - prompts.lengths[p] :].tolist()),

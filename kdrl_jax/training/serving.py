@@ -64,6 +64,7 @@ def connect(
         valid_vocab=tokenizer.size,
         prompt_buckets=prompt_lengths(config.data.prompt_buckets, config.data.max_prompt_tokens),
         max_new_tokens=ro.max_new_tokens,
+        evaluation_tokens=eval_tokens(config) if config.eval.every else 0,
     )
     budget = max(ro.max_new_tokens, eval_tokens(config) if config.eval.every else 0)
     some = problems[:PROBES]
