@@ -26,7 +26,7 @@ from kdrl_jax.network import set_offline
 from kdrl_jax.objectives import Trend
 from kdrl_jax.rollout import DRAWING, Engine, RolloutEngine, sampling_params
 from kdrl_jax.shapes import require_installed
-from kdrl_jax.sharding import put_batch
+from kdrl_jax.sharding import batch_parts, put_batch
 from kdrl_jax.training.adapters import init_adapters
 from kdrl_jax.training.base import build_base
 from kdrl_jax.training.checkpoints import stored_steps
@@ -196,7 +196,8 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     engine = evaluator = server or engine_of(sampler_model, *budget)
     if (longer := eval_tokens(config)) > ro.max_new_tokens and not server:
         # With as much memory: fewer responses at once.
-        slots = eval_slots(Levers.of(config).slots, buckets[-1], ro.max_new_tokens, longer)
+        room = (Levers.of(config).slots, buckets[-1], ro.max_new_tokens)
+        slots = eval_slots(*room, longer, batch_parts(meshes.rollout))
         evaluator = engine_of(sampler_model, longer, slots)
 
     # --- Resume --------------------------------------------------------------------------------

@@ -211,10 +211,12 @@ def test_an_evaluation_has_a_budget_of_its_own():
     assert eval_settings(base)["max_new_tokens"] == 20_480
     stage2 = load_config(ROOT / "configs" / "stage2.py")
     assert eval_settings(stage2)["max_new_tokens"] == 32_768
-    assert eval_slots(1024, 1024, 20_480, 32_768) == 1024 * 21_504 // 33_792
-    assert eval_slots(8, 1024, 8192, 8192) == 8
-    assert eval_slots(8, 1024, 8192, 512) == 8  # no more memory than there is for rollouts
-    assert eval_slots(1, 64, 64, 4096) == 1
+    assert eval_slots(1024, 1024, 20_480, 32_768, 1) == 1024 * 21_504 // 33_792 == 651
+    assert eval_slots(1024, 1024, 20_480, 32_768, 16) == 640  # else each device holds all of them
+    assert eval_slots(8, 1024, 8192, 8192, 4) == 8
+    assert eval_slots(8, 1024, 8192, 512, 4) == 8  # no more memory than there is for rollouts
+    assert eval_slots(1, 64, 64, 4096, 1) == 1
+    assert eval_slots(8, 64, 64, 4096, 8) == 8
 
 
 def test_buckets_grow_so_that_no_prompt_is_dropped():

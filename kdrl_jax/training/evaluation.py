@@ -72,17 +72,19 @@ def eval_settings(config: ConfigDict) -> dict[str, Any]:
     return {**found, "max_new_tokens": eval_tokens(config), "seed": config.seed}
 
 
-def eval_slots(slots: int, longest: int, rollout_tokens: int, budget: int) -> int:
+def eval_slots(slots: int, longest: int, rollout_tokens: int, budget: int, parts: int) -> int:
     """Returns how many responses of `budget` tokens have room where `slots` rollouts have it.
 
     Args:
       slots: requests that are decoded at once, 1 or more.
       longest: tokens of the longest prompt.
       rollout_tokens: of a rollout.
+      parts: that the mesh splits a batch into, a divisor of the result: see `batch_parts`.
     """
     if budget <= rollout_tokens:
         return slots
-    return max(1, slots * (longest + rollout_tokens) // (longest + budget))
+    room = slots * (longest + rollout_tokens) // (longest + budget)
+    return max(room // parts, 1) * parts
 
 
 def grade_all(

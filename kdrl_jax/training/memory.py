@@ -166,7 +166,8 @@ class Planner:
         budget, drawn = self.config.eval.max_new_tokens, levers.max_new_tokens
         if budget <= drawn:
             return levers
-        slots = eval_slots(levers.slots, self._buckets[-1], drawn, budget)
+        parts = self._sampler.batch
+        slots = eval_slots(levers.slots, self._buckets[-1], drawn, budget, parts)
         return dataclasses.replace(levers, slots=slots, max_new_tokens=budget)
 
     def _row(self, levers: Levers) -> int:
