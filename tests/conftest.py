@@ -4,6 +4,7 @@ import atexit
 import os
 import shutil
 import signal
+import sys
 import tempfile
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -38,6 +39,16 @@ def strict_ranks():
     """Silent broadcasting of a mask is the classic bug of an RL loss: make it an error."""
     with jax.numpy_rank_promotion("raise"):
         yield
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_modules_left_behind():
+    """What a file's tests wrote and imported is no module for the next file in this process."""
+    yield
+    written = tempfile.gettempdir() + os.sep
+    for name, module in [*sys.modules.items()]:
+        if str(getattr(module, "__file__", None) or "").startswith(written):
+            del sys.modules[name]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

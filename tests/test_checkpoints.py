@@ -241,11 +241,11 @@ def test_weights_alone_are_compared_too_and_before_they_are_cast(state, tmp_path
     like = abstract(state).params
     back = restore_params(tmp_path / "warm", like)
     jax.tree.map(np.testing.assert_array_equal, back, state.params)
-    cast = jax.tree.map(lambda x: x.update(dtype=jnp.float16), like)
+    cast = jax.tree.map(lambda x: x.update(dtype=jnp.bfloat16), like)
     back = restore_params(tmp_path / "warm", cast)
     for found, x, asked in zip(*map(jax.tree.leaves, (back, state.params, cast)), strict=True):
-        assert (found.dtype, found.sharding) == (jnp.float16, asked.sharding)
-        np.testing.assert_array_equal(found, x.astype(jnp.float16))
+        assert (found.dtype, found.sharding) == (jnp.bfloat16, asked.sharding)
+        np.testing.assert_array_equal(found, x.astype(jnp.bfloat16))
     where = tmp_path / "warm" / "checkpoints" / "0"
     meta = read_meta(where)
     meta["checksums"]["params/scale"][2] = "00000000"
