@@ -100,7 +100,7 @@ def get_config() -> ConfigDict:
     c.aggregation = "group-token-mean"  # also: token-mean, seq-mean-token-mean, …-token-sum-norm
     c.advantage = ConfigDict()
     c.advantage.scale = "group"  # divide by the std of: group | batch | none (Dr. GRPO)
-    c.advantage.baseline = "mean"  # mean | leave_one_out (RLOO)
+    c.advantage.baseline = "mean"  # mean | leave_one_out (RLOO) | none (REINFORCE)
     c.clip_eps_low = 0.2  # ratio clip; GRPO's has no effect with one update per rollout batch
     c.clip_eps_high = 0.2  # above clip_eps_low: clip-higher (DAPO)
     c.entropy_coef = 1e-3  # of the entropy bonus

@@ -52,6 +52,16 @@ def test_equal_rewards_teach_exactly_nothing(scale, baseline):
         assert np.asarray(found[2]).any()
 
 
+@pytest.mark.parametrize("scale", ["batch", "none"])
+def test_reinforce_has_no_baseline(rng, scale):
+    rewards = np.concatenate([rng.normal(size=(3, 4)), np.ones((1, 4))])
+    found = group_advantages(rewards, scale=scale, baseline="none")
+    sigma = rewards.std() if scale == "batch" else 1.0
+    np.testing.assert_allclose(found, rewards / sigma, rtol=1e-5)
+    with pytest.raises(ValueError, match=r"^scale: 'group' found with baseline 'none'"):
+        group_advantages(rewards, baseline="none")
+
+
 def test_advantages_group_of_one():
     np.testing.assert_array_equal(group_advantages(np.array([[1], [0]])), 0.0)
     with pytest.raises(ValueError, match=r"rewards_P_G: G = 1"):

@@ -150,6 +150,10 @@ PAPERS = {
         "beta.phases": ((0, 5e-3), (112, 0.0)),
         "policy_phases": ((0, 0.0), (112, 1.0)),
     },
+    # Beyond the papers.
+    "stage2:adaptive": STAGE2 | {"beta.schedule": "adaptive", "beta.init": 5e-3},
+    "stage2:lora_7b": ANNEALED | {"student.lora.rank": 32, "student.shape.hidden_size": 3584},
+    "stage2:teacher_32b": ANNEALED | {"teacher.shape.hidden_size": 5120},
     "grpo": STAGE2 | {"objective": "grpo"},
     "grpo:equal_time": STAGE2 | {"objective": "grpo", "steps": 460},  # section 4.3
     "kd_rkl": STAGE2 | constant(2e-3) | {"objective": "kd_rkl"},  # B.2 (ii)

@@ -168,6 +168,13 @@ CLAIMS: tuple[Claim, ...] = (
         (Difference("accuracy", "kdrl", "estimator_k3"),),
     ),
     Claim(
+        "k2-lengthens",
+        "k2 makes longer responses than k3.",
+        "KDRL, section 3.2, figure 3",
+        "",
+        (Difference("length", "kdrl", "estimator_k3"),),
+    ),
+    Claim(
         "k3-over-halves",
         "Even with k3 the joint loss ends above both of its halves.",
         "KDRL, section 4.4",

@@ -53,7 +53,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "trrd.clamp_gradient": ("clamp", "straight_through"),
     "aggregation": tuple(AGGREGATIONS),
     "advantage.scale": ("group", "batch", "none"),
-    "advantage.baseline": ("mean", "leave_one_out"),
+    "advantage.baseline": ("mean", "leave_one_out", "none"),
     "optimizer.schedule": ("constant", "cosine"),
     "data.on_bad": ("raise", "drop"),
     "reward.answer": (*FORMS, "task"),
@@ -270,7 +270,13 @@ def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
 
 def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
     objective = flat["objective"]
-    if method.policy and flat["rollout.group_size"] == 1:
+    alone = flat["advantage.baseline"] == "none"
+    if alone and flat["advantage.scale"] == "group":
+        yield (
+            "advantage.scale: 'group' does not go with advantage.baseline='none', as a group's "
+            "standard deviation may be 0; use 'none' or 'batch'"
+        )
+    if method.policy and flat["rollout.group_size"] == 1 and not alone:
         yield (
             f"rollout.group_size: 1 gives objective={objective!r} only zero advantages, as "
             "they compare the rewards of a group; use 2 or more, or objective='kd_rkl'"
