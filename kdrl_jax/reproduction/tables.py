@@ -20,6 +20,7 @@ NAMES = {
     AT_TIME: "accuracy at equal time",
     "drop": "accuracy lost again",
     "length": "length",
+    "truncated": "clip ratio",
 }
 
 
