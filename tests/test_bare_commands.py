@@ -35,7 +35,7 @@ COMMANDS = {
     "kd_rkl": (),
     "zero_rl_teacher": (),
     "zero_rl": (),
-    "rlad": (),
+    "rlad": ('data.task_args={"min_people": 2, "max_people": 2}',),  # in few tokens
     "rlad:math": ("rollout.refill=0",),
     "smollm2_math": ("teacher.sft.steps=1", "teacher.sft.batch_size=2", "teacher.sft.problems=4"),
 }
