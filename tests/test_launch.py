@@ -6,10 +6,12 @@ import contextlib
 import importlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -281,21 +283,31 @@ def test_pod_refuses(tmp_path, arguments, names):
 # --- Slurm -------------------------------------------------------------------------------------
 
 
+def new_job() -> str:
+    """A job's number that no other has: JAX makes the coordinator's port of it."""
+    for job in random.sample(range(4096), 100):
+        with contextlib.closing(socket.socket()) as there:
+            if there.connect_ex(("127.0.0.1", 65536 - 4096 + job)):
+                return str(4096 + job)
+    raise RuntimeError("no free port")
+
+
 def slurm(cluster: Cluster, *arguments: str, **env: str) -> list[int]:
     """Exit codes of a job and of its restarts, as Slurm would make them."""
     codes: list[int] = []
+    number = cluster.job = new_job()
     while len(codes) < 5:
         job = {
-            "SLURM_JOB_ID": "4711",
+            "SLURM_JOB_ID": number,
             "SLURM_SUBMIT_DIR": str(cluster.checkout),
             "SLURM_CPUS_PER_TASK": "3",
             "SLURM_RESTART_COUNT": str(len(codes)),
         }
-        requeued = cluster.calls().count(["scontrol", "requeue", "4711"])
+        requeued = cluster.calls().count(["scontrol", "requeue", number])
         code, output = cluster.run("bash", "launch/slurm.sbatch", *arguments, **job, **env)
         print(output)
         codes.append(code)
-        if cluster.calls().count(["scontrol", "requeue", "4711"]) == requeued:
+        if cluster.calls().count(["scontrol", "requeue", number]) == requeued:
             break
     return codes
 
@@ -315,7 +327,7 @@ def test_slurm_requeues_what_was_saved(tmp_path, plan, codes):
     assert slurm(cluster, *TRAIN, KDRL_PLAN=plan) == codes
     step = ["--kill-on-bad-exit=0", "--wait=300", "--cpus-per-task=3"]
     once = [["srun", *step, "python", "-m", "kdrl_jax.train", *TRAIN]]
-    requeue = [["scontrol", "requeue", "4711"]]
+    requeue = [["scontrol", "requeue", cluster.job]]
     assert cluster.calls() == (once + requeue) * (len(codes) - 1) + once
 
 
@@ -399,7 +411,7 @@ def test_jax_finds_the_processes_of_slurm(tmp_path):
         "bash",
         "launch/slurm.sbatch",
         *TRAIN,
-        SLURM_JOB_ID=str(time.time_ns() % 4096),
+        SLURM_JOB_ID=new_job(),
         SLURM_SUBMIT_DIR=str(cluster.checkout),
     )
     assert code == 75, output
