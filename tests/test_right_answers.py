@@ -10,7 +10,7 @@ from test_train import TINY, command, rows
 
 from kdrl_jax import train
 from kdrl_jax.data import PromptBatches, load_tokenizer
-from kdrl_jax.training.right_answers import FILE, Answer, FixedSet, RightAnswers
+from kdrl_jax.training.right_answers import FILE, FixedSet, RightAnswer, RightAnswers
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Problem, UserError
 
 SFT = TINY | {
@@ -118,7 +118,8 @@ def fixed_set(answers, rows=4):
 
 def test_epochs_of_a_fixed_set():
     answers = [
-        Answer(i % 5, np.arange(1, 2 + i % 6, dtype=np.int32), ended=i % 2 == 0) for i in range(12)
+        RightAnswer(i % 5, np.arange(1, 2 + i % 6, dtype=np.int32), ended=i % 2 == 0)
+        for i in range(12)
     ]
     source, called = fixed_set(answers), []
     seen = []
@@ -146,7 +147,7 @@ def test_epochs_of_a_fixed_set():
 
 
 def test_too_few_right_answers_are_said():
-    answers = [Answer(0, np.ones(1, np.int32), ended=True)] * 3
+    answers = [RightAnswer(0, np.ones(1, np.int32), ended=True)] * 3
     with pytest.raises(UserError, match="4 exceeds the 3 right answers of the teacher; lower them"):
         fixed_set(answers)
 

@@ -29,7 +29,7 @@ FILE = "right_answers.jsonl"
 """In a run's folder: a line of JSON for each batch of problems that the teacher has answered."""
 
 
-class Answer(NamedTuple):
+class RightAnswer(NamedTuple):
     """A right answer."""
 
     problem: int
@@ -61,7 +61,7 @@ class RightAnswers:
         self.wanted = min(wanted or problems, problems)
         self.seen: set[int] = set()
         """Problems that have been answered."""
-        self.answers: list[Answer] = []
+        self.answers: list[RightAnswer] = []
         self._position = 0
         lines = self._whole_lines() if self._file.exists() else []
         if lines and lines[0] != {"data": data}:
@@ -120,7 +120,7 @@ class RightAnswers:
         """Adds a batch. A problem that an earlier batch had keeps its first answers."""
         new = set(line["problems"]) - self.seen
         self.answers += [
-            Answer(problem, np.array(tokens, np.int32), ended)
+            RightAnswer(problem, np.array(tokens, np.int32), ended)
             for problem, tokens, ended in line["right"]
             if problem in new
         ]
@@ -166,7 +166,7 @@ class FixedSet:
     def __init__(
         self,
         problems: Sequence[EncodedProblem],
-        answers: Sequence[Answer],
+        answers: Sequence[RightAnswer],
         *,
         rows: int,
         seed: int,

@@ -26,6 +26,17 @@ def size_problems(flat: Mapping[str, Any]) -> Iterator[str]:
             f"rollout.max_new_tokens={flat['rollout.max_new_tokens']}; it is the part of the "
             "budget that is punished"
         )
+    start, most = flat["entropy_coef"], flat["adaptive_entropy.max"]
+    if flat["adaptive_entropy.target"] > 0 and start > most:
+        yield (
+            f"entropy_coef: {start} is above adaptive_entropy.max={most}; it is where the "
+            "coefficient starts, so use at most that"
+        )
+    if flat["advantage.baseline"] == "none" and flat["advantage.scale"] == "group":
+        yield (
+            "advantage.scale: 'group' does not go with advantage.baseline='none', as a group's "
+            "standard deviation may be 0; use 'none' or 'batch'"
+        )
     buckets = flat["data.prompt_buckets"]
     whole = all(type(b) is int for b in buckets)
     if buckets and (not whole or list(buckets) != sorted(set(buckets)) or buckets[0] < 1):

@@ -225,12 +225,6 @@ def _combination_problems(flat: dict[str, Any], sources: bool) -> Iterator[str]:
     if beta["schedule"] in SCHEDULES:
         yield from _problems_of(beta_schedule, **beta)
     yield from _problems_of(phase_schedule, flat["policy_phases"])
-    start, most = flat["entropy_coef"], flat["adaptive_entropy.max"]
-    if flat["adaptive_entropy.target"] > 0 and start > most:
-        yield (
-            f"entropy_coef: {start} is above adaptive_entropy.max={most}; it is where the "
-            "coefficient starts, so use at most that"
-        )
     if flat["objective"] in METHODS:
         yield from _method_problems(flat, METHODS[flat["objective"]])
         if flat["rollout.server.url"]:
@@ -271,11 +265,6 @@ def _source_problems(flat: dict[str, Any]) -> Iterator[str]:
 def _method_problems(flat: dict[str, Any], method: Method) -> Iterator[str]:
     objective = flat["objective"]
     alone = flat["advantage.baseline"] == "none"
-    if alone and flat["advantage.scale"] == "group":
-        yield (
-            "advantage.scale: 'group' does not go with advantage.baseline='none', as a group's "
-            "standard deviation may be 0; use 'none' or 'batch'"
-        )
     if method.policy and flat["rollout.group_size"] == 1 and not alone:
         yield (
             f"rollout.group_size: 1 gives objective={objective!r} only zero advantages, as "
