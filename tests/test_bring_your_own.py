@@ -38,7 +38,12 @@ MODEL = {
 SMALL = {
     **{"steps": 1, "student.dtype": "float32", "mesh.devices": "0:1", "mesh.fsdp": 1},
     **{"rollout.prompts_per_step": 2, "rollout.group_size": 4, "rollout.max_new_tokens": 8},
-    **{"micro_batch": 8, "data.max_prompt_tokens": 256, "data.prompt_buckets": "(256,)"},
+    **{
+        "eval.max_new_tokens": 8,
+        "micro_batch": 8,
+        "data.max_prompt_tokens": 256,
+        "data.prompt_buckets": "(256,)",
+    },
     **{"reward.workers": 1, "reward.timeout_s": 60.0, "eval.problems": 2, "eval.batch": 2},
     **{"samples.every": 1, "health.teacher_every": 0},
 }
