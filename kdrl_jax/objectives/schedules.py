@@ -219,8 +219,10 @@ class AdaptiveEntropy(NamedTuple):
     delta: float
     max: float
 
-    def coefficient(self, trend: Trend) -> float:
-        """Returns the coefficient of the next step."""
+    def coefficient(self, trend: Trend | None = None) -> float:
+        """Returns the coefficient of the next step; `start` where there was none."""
+        if trend is None:
+            return self.start
         if self.target and trend.steps and trend.entropy > self.target:
             return 0.0
         return self.start + trend.entropy_raise
