@@ -14,7 +14,7 @@ from kdrl_jax.training.right_answers import FILE, FixedSet, RightAnswer, RightAn
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Problem, UserError
 
 SFT = TINY | {
-    **{"objective": "sft", "sft_problems": 10, "steps": 4, "checkpoint.every": 2},
+    **{"objective": "sft", "sft_problems": 10, "steps": 4, "checkpoint.every": 2, "epochs": 2},
     **{"aggregation": "seq-mean-token-mean", "entropy_coef": 0.0, "eval.every": 0},
     **{"data.task": "easy_task:EASY", "student.sft.task": "arithmetic"},
     **{"teacher.sft.task": "arithmetic", "reward.answer": "task", "reward.require_format": False},
@@ -62,6 +62,7 @@ def test_right_answers_are_kept_and_nothing_else(whole):
     assert [row["sft/answers"] for row in found] == [len(right)] * 4
     np.testing.assert_allclose([row["sft/epoch"] for row in found], np.arange(4) * 16 / len(right))
     assert [row["reward/mean"] for row in found] == [1.0] * 4  # a whole batch of right ones
+    assert not {"mismatch/kl", "kl/teacher"} & found[0].keys()  # neither sampler nor teacher
     assert found[-1]["log_probs/mean"] > found[0]["log_probs/mean"]
 
 
