@@ -31,6 +31,7 @@ def _role(role, path, shape):
     return {f"{role}.path": path} | {f"{role}.shape.{key}": size for key, size in shape.items()}
 
 
+_NO_FORMAT = {"reward.require_format": False}  # of base models, and of the teacher's answers
 _30K = {"rollout.max_new_tokens": 30_720, "eval.max_new_tokens": 30_720}
 
 VARIANTS = {
@@ -57,11 +58,12 @@ VARIANTS = {
     },
     "8k": {"rollout.max_new_tokens": 8192},
     "1.7b": _role("student", sources.QWEN3_1_7B, QWEN3_1_7B),
-    "1.7b_base": {**_role("student", sources.QWEN3_1_7B_BASE, QWEN3_1_7B), **_30K},
+    "1.7b_base": {**_role("student", sources.QWEN3_1_7B_BASE, QWEN3_1_7B), **_30K, **_NO_FORMAT},
     "8b_base": {
         **_role("student", sources.QWEN3_8B_BASE, QWEN3_8B),
         **_role("teacher", sources.QWEN3_32B, QWEN3_32B),
         **_30K,
+        **_NO_FORMAT,
     },
     "r1_1.5b": {
         **_role("student", sources.R1_DISTILL_1_5B, R1_DISTILL_QWEN_1_5B),
@@ -70,6 +72,7 @@ VARIANTS = {
     "grpo": {"objective": "grpo"},
     "kdrl": {"objective": "kdrl", "beta.schedule": "constant", "beta.init": 2e-3},
     "sft": {
+        **_NO_FORMAT,
         "objective": "sft",
         "rollout.refill": 0,
         "adaptive_entropy.target": 0.0,

@@ -57,7 +57,7 @@ from kdrl_jax.training.problems import (
     make_reward_functions,
     read_run_data,
 )
-from kdrl_jax.training.right_answers import FixedSet, RightAnswers
+from kdrl_jax.training.right_answers import FixedSet, Once, RightAnswers, shaping_answers
 from kdrl_jax.training.roles import (
     build_role,
     check_roles,
@@ -145,11 +145,13 @@ def train(config: ConfigDict, workdir: Path) -> dict[str, Any]:
     start = store.latest_step()
     processes.agree(str(workdir), {"newest checkpoint": str(start)})
     teacher = reference = base = answers = None
-    batches = PromptBatches(len(problems), ro.prompts_per_step, config.seed)
-    if sizes.method.supervised:  # rejection sampling: the teacher answers, and then only they count
+    order = (len(problems), ro.prompts_per_step, config.seed)
+    batches = Once(*order) if sizes.method.supervised else PromptBatches(*order)
+    if isinstance(batches, Once):  # rejection sampling: the teacher's answers are all that counts
+        made_of = digest([data_digest, shaping_answers(named), *order])
         drawn = {"problems": len(problems), "wanted": config.sft_problems, "batches": batches}
         with processes.together():
-            answers = RightAnswers(workdir, data_digest, **drawn)
+            answers = RightAnswers(workdir, made_of, **drawn)
     if sizes.method.uses_teacher and not (answers and answers.complete):
         model = decoder_of(config.teacher, shapes["teacher"])
         params = build_role("teacher", config, model, tokenizer, meshes.teacher, display)

@@ -579,6 +579,7 @@ def test_k3_clamp_is_that_of_verl():
     slope = np.where((wide > -2.61) & (wide < 11), 1 - np.exp(-wide), 0.0)
     np.testing.assert_allclose(gradient, slope, rtol=1e-5)
     np.testing.assert_array_equal(k3(ell, 1.0, clamp=None), k3(ell, 1.0))
+    assert np.isnan(k3(jnp.float32(jnp.nan), 1.0, clamp=10.0))  # a fault is seen
 
 
 def test_far_apart_stays_finite():

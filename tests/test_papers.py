@@ -24,6 +24,10 @@ ALL_OF_KDRL = {  # tables 3 and 5
     "mini_batches": 1,
     "epochs": 1,
     "optimizer.learning_rate": 1e-6,
+    "optimizer.b1": 0.9,
+    "optimizer.b2": 0.999,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.clip_norm": 1.0,
     "entropy_coef": 1e-3,
     "data.max_prompt_tokens": 1024,
     "aggregation": "group-token-mean",  # eq. 2
@@ -115,7 +119,8 @@ MATH = RLAD | {  # section 5.2
     "eval.samples": 32,
 }
 LONG = {"rollout.max_new_tokens": 30_720, "eval.max_new_tokens": 30_720}
-SFT = {"objective": "sft", "optimizer.learning_rate": 2e-7}
+LONG |= {"reward.require_format": False}
+SFT = {"objective": "sft", "optimizer.learning_rate": 2e-7, "reward.require_format": False}
 PAPERS = {
     "stage1": ALL_OF_KDRL
     | {

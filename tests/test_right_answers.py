@@ -9,8 +9,8 @@ from easy_task import verify
 from test_train import TINY, command, rows
 
 from kdrl_jax import train
-from kdrl_jax.data import PromptBatches, load_tokenizer
-from kdrl_jax.training.right_answers import FILE, FixedSet, RightAnswer, RightAnswers
+from kdrl_jax.data import load_tokenizer
+from kdrl_jax.training.right_answers import FILE, FixedSet, Once, RightAnswer, RightAnswers
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Problem, UserError
 
 SFT = TINY | {
@@ -29,7 +29,7 @@ def run(workdir: Path, cache: Path, **changes) -> list[dict]:
 def kept(workdir: Path) -> tuple[list[int], list[list]]:
     """The problems in the file, in order, and the right answers that count."""
     header, *lines = map(json.loads, (workdir / FILE).read_text().splitlines())
-    assert list(header) == ["data"]
+    assert list(header) == ["made_of"]
     problems, right = [], []
     for line in lines:
         new = [p for p in line["problems"] if p not in problems]
@@ -104,8 +104,21 @@ def test_answers_to_other_problems_are_refused(whole, cache, tmp_path):
     part = tmp_path / "run"
     part.mkdir()
     (part / FILE).write_bytes((whole[0] / FILE).read_bytes())
-    with pytest.raises(UserError, match=r"right_answers.jsonl: holds answers to other problems"):
-        run(part, cache, **{"data.seed": 5})
+    refused = r"right_answers.jsonl: holds answers to other problems, of another teacher"
+    for key, value in {"data.seed": 5, "teacher.sft.steps": 2, "rollout.temperature": 0.7}.items():
+        with pytest.raises(UserError, match=refused):
+            run(part, cache, **{key: value})
+
+
+@pytest.mark.parametrize(("num", "per_step"), [(5, 2), (6, 2), (3, 3), (7, 5)])
+def test_the_teacher_is_asked_each_problem_once(num, per_step):
+    """But for what fills the last batch up."""
+    batches = Once(num, per_step, 4)
+    asked = [int(i) for place in range(-(-num // per_step)) for i in batches[place]]
+    assert sorted(asked[:num]) == list(range(num))
+    assert len(asked) - num < per_step
+    assert asked[num:] == asked[: len(asked) - num]
+    assert [batches[0].tolist() != Once(50, 50, s)[0].tolist() for s in (1, 2)] == [True, True]
 
 
 def encoded(count: int):
@@ -154,7 +167,7 @@ def test_too_few_right_answers_are_said():
 
 
 def test_all_problems_where_no_number_is_given(tmp_path):
-    batches = PromptBatches(5, 2, 0)
+    batches = Once(5, 2, 0)
     settings = {"problems": 5, "batches": batches}
     assert RightAnswers(tmp_path, "d", wanted=0, **settings).wanted == 5
     assert RightAnswers(tmp_path, "d", wanted=3, **settings).wanted == 3

@@ -95,6 +95,7 @@ def test_rows_need_no_answer_where_no_verdict_is_read(tmp_path, tokenizer, capsy
         {"objective": "kdrl"},
         KD | {"kd_mask": "response"},
         KD | {"objective": "sft"},
+        KD | {"beta.schedule": "adaptive"},
         OWN | {"reward.verdict_weight": 0.5},
         OWN | {"rollout.refill": 1},
         OWN | {"objective": "kdrl", "kd_mask": "group"},

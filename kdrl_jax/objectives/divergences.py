@@ -78,7 +78,7 @@ def k3(teacher_log_ratio: Tokens, ratio: Tokens, clamp: float | None = None) -> 
     """
     term = jnp.expm1(jnp.minimum(-teacher_log_ratio, MAX_LOG_RATIO)) + teacher_log_ratio
     if clamp is not None:
-        term = jnp.where(term < clamp, term, clamp)
+        term = jnp.where(term > clamp, clamp, term)  # nan stays nan
     return jax.lax.stop_gradient(ratio) * term
 
 

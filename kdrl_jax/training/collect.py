@@ -6,14 +6,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from kdrl_jax import processes
-from kdrl_jax.data import PromptBatches, Tokenizer, pad_prompts
+from kdrl_jax.data import Tokenizer, pad_prompts
 from kdrl_jax.rewards import Grader, OwnReward, RewardFunctions
 from kdrl_jax.rollout import (
     DecodeStats,
@@ -45,6 +45,15 @@ from kdrl_jax.types import (
 
 Own = dict[str, OwnReward]
 """What each of `reward.functions` gives, by its name."""
+
+
+class Batches(Protocol):
+    """Which problems each rollout batch asks."""
+
+    per_step: int
+
+    def __getitem__(self, position: int) -> Int[np.ndarray, " P"]:
+        """Indices of the problems, [P]."""
 
 
 def mixed(correct: Float[np.ndarray, "P G"]) -> Bool[np.ndarray, " P"]:
@@ -117,7 +126,7 @@ class Collector:
         self,
         engine: Engine,
         problems: Sequence[EncodedProblem],
-        batches: PromptBatches,
+        batches: Batches,
         tokenizer: Tokenizer,
         grader: Grader,
         sampling: SamplingParams,

@@ -85,7 +85,8 @@ def answers_needed(config: ConfigDict) -> bool:
     method = METHODS[config.objective]
     rewarded = method.policy and config.reward.verdict_weight > 0
     masked = method.kd and config.kd_mask != "none"
-    return bool(rewarded or masked or method.supervised or config.rollout.refill)
+    adaptive = method.kd and config.beta.schedule == "adaptive"  # β falls where rewards stall
+    return bool(rewarded or masked or adaptive or method.supervised or config.rollout.refill)
 
 
 def read_run_data(config: ConfigDict, tokenizer: Tokenizer, display: Display) -> RunData:

@@ -14,15 +14,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+from ml_collections import ConfigDict
 
 from kdrl_jax import processes
+from kdrl_jax.config import flatten
 from kdrl_jax.data import PromptBatches, pad_prompts
 from kdrl_jax.rewards import RewardFunctions
-from kdrl_jax.rollout import DecodeStats
+from kdrl_jax.rollout import DRAWING, DecodeStats
 from kdrl_jax.training.collect import Collected, Collector
 from kdrl_jax.training.display import Display
 from kdrl_jax.training.evaluation import EncodedProblem
 from kdrl_jax.training.learner import Weights
+from kdrl_jax.training.problems import GRADING
 from kdrl_jax.types import FINISH_EOS, FINISH_LENGTH, Params, Rollouts, UserError, Verdict
 
 FILE = "right_answers.jsonl"
@@ -40,34 +43,56 @@ class RightAnswer(NamedTuple):
     """False: the limit cut it, after the answer."""
 
 
+def shaping_answers(config: ConfigDict) -> dict[str, Any]:
+    """Returns the keys that the teacher's answers and their verdicts depend on."""
+    flat = flatten(config)
+    kept = [*(f"rollout.{key}" for key in (*DRAWING, "group_size"))]
+    kept += [f"reward.{key}" for key in GRADING if key != "workers"]
+    kept += ["teacher.path", "teacher.dtype", *(k for k in flat if k.startswith("teacher.s"))]
+    return {key: flat[key] for key in kept}
+
+
+class Once:
+    """`batches[position]` are the problems of a batch: each once, in a seeded order.
+
+    The last batch is filled up with the first problems.
+    """
+
+    def __init__(self, num: int, per_step: int, seed: int):
+        self._order, self.per_step = np.random.default_rng(seed).permutation(num), per_step
+
+    def __getitem__(self, position: int) -> Int[np.ndarray, " P"]:
+        places = np.arange(position * self.per_step, (position + 1) * self.per_step)
+        return self._order[places % len(self._order)]
+
+
 class RightAnswers:
     """The answers in a run's folder, as far as they have been drawn.
 
     Args:
       workdir: of the run; all processes read it.
-      data: digest of the problems, which must be those of the file.
+      made_of: digest of the problems, the teacher and the settings that the answers depend on,
+        which must be that of the file.
       problems: number of problems in the data.
-      wanted: problems to be answered, the first ones in the order that `batches` has; 0: all.
+      wanted: problems to be answered; 0: all.
       batches: which problems are answered together.
 
     Raises:
-      UserError: the file's answers are to other problems.
+      UserError: the file's answers are to other problems, or were made otherwise.
     """
 
-    def __init__(
-        self, workdir: Path, data: str, *, problems: int, wanted: int, batches: PromptBatches
-    ):
-        self._file, self._data, self._batches = workdir / FILE, data, batches
+    def __init__(self, workdir: Path, made_of: str, *, problems: int, wanted: int, batches: Once):
+        self._file, self._made_of, self._batches = workdir / FILE, made_of, batches
         self.wanted = min(wanted or problems, problems)
         self.seen: set[int] = set()
         """Problems that have been answered."""
         self.answers: list[RightAnswer] = []
         self._position = 0
         lines = self._whole_lines() if self._file.exists() else []
-        if lines and lines[0] != {"data": data}:
+        if lines and lines[0] != {"made_of": made_of}:
             raise UserError(
-                f"{self._file}: holds answers to other problems; restore the data, or use another "
-                "--workdir"
+                f"{self._file}: holds answers to other problems, of another teacher, or of other "
+                "keys of rollout, reward or seed; restore these, or use another --workdir"
             )
         for line in lines[1:]:
             self._take(line)
@@ -131,7 +156,7 @@ class RightAnswers:
         begun = self._file.exists()
         with self._file.open("a", encoding="utf-8") as file:
             if not begun:
-                file.write(json.dumps({"data": self._data}) + "\n")
+                file.write(json.dumps({"made_of": self._made_of}) + "\n")
             file.write(json.dumps(line) + "\n")
 
     def _whole_lines(self) -> list[dict[str, Any]]:
