@@ -7,8 +7,8 @@ GRPO's step is the update alone; KDRL's is the teacher's scoring and the update 
 teacher has the student's shape. Bar: KDRL at most 1.15 times the GRPO update plus a forward pass
 of the teacher that gives the log-probs of the tokens. "topk" and "full" ask the teacher for more
 than these, and are held against the same; "rlad" has the teacher in the ratio. Rollouts, the same
-for all, are left out, so these are not the 12 % that RLAD (2602.22495, table 4) measures of a whole
-step, in which rollouts take 86 to 94 % of the time.
+for all, are left out, so these are not the 15.5 % that RLAD (2602.22495, table 4) measures of a
+whole step, in which rollouts take some 80 to 90 % of the time.
 """
 
 import argparse

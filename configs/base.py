@@ -28,7 +28,7 @@ def model(**overrides) -> ConfigDict:
     c.shape.mlp_size = 384
     c.shape.vocab_size = 0  # rows of the embedding; 0: as the tokenizer needs
     c.shape.tie_embeddings = True  # False: an output head of its own
-    # Supervised warm-up on the task's worked solutions (rows: each has a solution); 0 steps: none.
+    # Supervised warm-up on the task's worked solutions; 0 steps: none.
     # The result is kept under cache_dir and reused by every run with the same keys.
     c.sft = ConfigDict()
     c.sft.steps = 0

@@ -194,6 +194,8 @@ PAPERS = {
     "rlad:math,8b_base": MATH
     | LONG
     | {"student.shape.hidden_size": 4096, "teacher.shape.hidden_size": 5120},
+    "rlad:math,8b_base,grpo": MATH | LONG | {"objective": "grpo"},
+    "rlad:math,8b_base,kdrl": MATH | LONG | constant(2e-3) | {"objective": "kdrl"},
     "rlad:math,8b_base,sft": MATH | LONG | SFT | {"adaptive_entropy.target": 0.0},
     "rlad:math,r1_1.5b": MATH
     | {"student.shape.hidden_size": 1536, "teacher.shape.hidden_size": 3584},

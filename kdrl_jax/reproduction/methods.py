@@ -109,7 +109,12 @@ METHODS: dict[str, Method] = {
     "trrd": Method(
         "RLAD (TRRD)",
         "the teacher within the importance ratio, α = 0.5, clip 0.2/0.28",
-        _constant(objective="trrd", clip_eps_low=0.2, clip_eps_high=0.28),
+        _constant(
+            objective="trrd",
+            clip_eps_low=0.2,
+            clip_eps_high=0.28,
+            aggregation="seq-mean-token-mean",
+        ),
     ),
     "distil_then_rl": Method(
         "Distil, then RL", "KD-RKL for half of the steps, GRPO for the rest", _distil_then_rl
