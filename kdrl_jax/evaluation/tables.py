@@ -146,7 +146,7 @@ def _said_of(
     text = (
         "Rows of the papers: KDRL is arXiv 2506.02208, where k is 16 for AIME and AMC and 1 "
         "elsewhere; RLAD is arXiv 2602.22495, where k is 32 in mathematics. Their AIME24 and AMC23 "
-        "are those of AI-MO's validation sets and their AIME25 is OpenCompass's; see docs/papers.md."
+        "are those of AI-MO's validation sets, their AIME25 is OpenCompass's; see docs/papers.md."
     )
     budgets = {table.tokens for table in [*shown, *whole]}
     if (own := settings.get("max_new_tokens")) is not None and own not in budgets:
