@@ -177,7 +177,10 @@ def test_a_panel_is_there_if_a_run_has_its_metric():
         "Reward functions that failed": ["brevity"],
     }
     assert drawn_metrics(["nonsense", "beta", *own]) == {"beta", *own}
-    named = [m for group in GROUPS.values() for p in group for m in p.series]
+    both = panels_of(["eval/accuracy", "eval/length"])[0]["panels"]
+    assert ["Accuracy over length" in p["title"] for p in both].count(True) == 1
+    assert not any(p["against"] for p in panels_of(["eval/accuracy"])[0]["panels"])
+    named = [m for group in GROUPS.values() for p in group for m in p.series if not p.against]
     assert len(named) == len(set(named))
 
 
@@ -347,8 +350,8 @@ def test_axis_smoothing_and_runs_are_switched(tab):
     page.get_by_label("Smoothing").select_option("ema")
     tab.wait()
     _, average = (t for t in tab.traces("reward/mean") if t["run"] == 0)
-    weights = [0.9**age for age in range(20, -1, -1)]
-    expected = sum(w * s / 100 for w, s in zip(weights, range(21), strict=True)) / sum(weights)
+    weights = [0.9**age for age in range(19, -1, -1)]  # the first of them is not measured
+    expected = sum(w * s / 100 for w, s in zip(weights, range(1, 21), strict=True)) / sum(weights)
     assert average["y"][20] == pytest.approx(expected)
     page.get_by_label("Smoothing").select_option("")
     chip = page.locator("#legend button").first
