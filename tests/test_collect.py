@@ -10,7 +10,7 @@ from kdrl_jax.data import PromptBatches
 from kdrl_jax.rewards.supervisor import Counts
 from kdrl_jax.rollout import DecodeStats, Finished, finished_requests
 from kdrl_jax.training.carried import Group, from_text, new_group, to_text
-from kdrl_jax.training.collect import Collector, mixed, solved
+from kdrl_jax.training.collect import Collector, mixed
 from kdrl_jax.training.metrics import CLOCKED
 from kdrl_jax.types import FINISH_EOS, UNFINISHED, Problem, Rollouts, Verdict
 
@@ -165,10 +165,9 @@ def test_what_cannot_be_replaced_stays() -> None:
     consistent(found)
 
 
-def test_useful_for_policy_gradients_and_for_rejection_sampling() -> None:
+def test_useful_for_policy_gradients() -> None:
     rewards = np.array([[0, 0], [1, 0], [1, 1]], np.float32)
     assert mixed(rewards).tolist() == [False, True, False]
-    assert solved(rewards).tolist() == [False, True, True]
 
 
 # --- partial rollouts -----------------------------------------------------------------------
